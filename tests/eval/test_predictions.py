@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from midstream.eval.find_task import read_visual_task
-from midstream.eval.predictions import read_predictions, score_predictions
+from midstream.eval.prediction_files import read_predictions
+from midstream.eval.predictions import score_predictions
 
 GOLD = {"random": "yn" * 3, "popular": "yy" + "nn" * 2, "adversarial": "ny" * 3}
 WORDS = {"y": "yes", "n": "no"}

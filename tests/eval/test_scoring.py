@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from midstream.core.stats import mean_by_split, split_means, standard_error
 from midstream.eval.benchmark_records import VisualExample
+from midstream.eval.read_answers import choice_letter
 from midstream.eval.scoring import (
     CONTRACTIONS,
     SUITES,
     averages,
     box_accuracy,
     box_iou,
-    choice_letter,
     gqa_accuracy,
     gqa_accuracy_prismatic,
     parse_box,

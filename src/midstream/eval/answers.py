@@ -210,7 +210,7 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 # Raise it when a scorer, or what a row of results holds, changes: tasks are asked again.
-SCORES_VERSION = 3
+SCORES_VERSION = 4
 
 
 @dataclass(frozen=True)

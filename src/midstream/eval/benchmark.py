@@ -282,7 +282,7 @@ def score_visual(
         "blind": None if blind is None else mean_by_split(_scores(task, blind), splits),
         "num_examples": len(examples),
         "shortened": _shortened(len(examples), task.num_all),
-        "unparsable": sum(task.format.parse(text) is None for text in predictions),
+        "unparsable": sum(one is None for one in map(task.format.parse, predictions, examples)),
         "splits": split_means(scores, splits) if len(set(splits)) > 1 else {},
         "details": details,
         "continuous": summary(weighed, pictures, splits),

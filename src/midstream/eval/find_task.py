@@ -397,8 +397,11 @@ def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:
         return str(kind), entry["chance"], visual_folder(world, name)
     if name not in VISUAL_FORMATS:
         near = difflib.get_close_matches(name, [*VISUAL_FORMATS, *HARNESS_TASKS], 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(VISUAL_FORMATS)}"
-        raise ValueError(f"no visual benchmark is called {name!r}{hint}")
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"no visual benchmark is called {name!r}{hint}; there are {', '.join(VISUAL_FORMATS)}; "
+            "another one's questions can be written down in format qa (docs/evaluation.md)"
+        )
     return name, VISUAL_FORMATS[name].chance, visual_folder(world, name)
 
 

@@ -215,8 +215,6 @@ def score_file(request: ScoreRequest, channel: Channel) -> None:
     for name, value in {**row["splits"], **row["details"]}.items():
         table.add_row(name, "-" if value is None else f"{100 * value:.2f}")
     console.print(table)
-    if row["unparsable"]:
-        console.print(f"{row['unparsable']:,} answers cannot be read and count as wrong")
     for note in [*row["notes"], *([row["note"]] if row["note"] else [])]:
         console.print(note, soft_wrap=True, markup=False)
 
