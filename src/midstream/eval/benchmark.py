@@ -310,6 +310,7 @@ def _report_text(
             **_columns(weighed),
         )
     splits, value = [row.split for row in rows], result.metrics[result.metric]
+    assert value is not None  # refused before
     # A metric may be a mean over examples or over a group's tasks; of any other nothing is said.
     means = [bootstrap([row.score for row in rows], None, parts) for parts in (None, splits)]
     equal = [one for one in means if math.isclose(one.mean, value, rel_tol=1e-6, abs_tol=1e-9)]

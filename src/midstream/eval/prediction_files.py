@@ -22,8 +22,10 @@ _IDS = (
     *("question_id", "questionId", "example_id", "qid", "identifier", "id", "index", "idx"),
     "image",
 )
-_ANSWERS = ("prediction", "pred", "predict", "response", "output", "model_output")
-_ANSWERS = (*_ANSWERS, "generated_text", "answer", "text")
+_ANSWERS = (
+    *("prediction", "pred", "predict", "response", "output", "model_output", "generated_text"),
+    *("answer", "text"),
+)
 _QUESTIONS = ("prompt", "question", "query")
 _SEPARATORS = "\t,;"
 _LINES = "give JSON lines of question_id and answer, or a table whose first line names its columns"

@@ -44,8 +44,8 @@ def score_predictions(
     task = read_visual_task(data, name, pictures=False, shuffled=False)
     predictions, notes = read_predictions(path), []
     if ignore_unknown:
-        names = _names(task)
-        kept = [one for one in predictions if one.name is None or _plain(one.name) in names]
+        known = _names(task)
+        kept = [one for one in predictions if one.name is None or _plain(one.name) in known]
         notes = [f"{len(predictions) - len(kept):,} predictions of no question here were left out"]
         predictions = kept
     splits = _splits(task)
@@ -100,7 +100,7 @@ def _unread(
     marked = [one for one, _ in pairs if _MARKUP.search(one.answer or "")]
     if marked:
         notes.append(
-            f"{len(marked):,} answers hold marks of a chat template or what a model thought, and are "
+            f"{len(marked):,} answers hold a chat template's marks or a model's thoughts, and are "
             f"scored so: {marked[0].where} has {_short(marked[0].answer or '')}; cut these off"
         )
     return notes
