@@ -44,6 +44,12 @@ class EvaluationStopped(Exception):  # noqa: N818 - it ends an evaluation withou
 class NotNumbers(ValueError):  # noqa: N818 - what is wrong with a model's log-probabilities
     """A model's log-probabilities are NaN."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "its log-probabilities are no numbers (NaN): the weights are broken, or overflow in the "
+            "type that they are read in"
+        )
+
 
 class KeptAnswers:
     """An `Answerer` in front of another one: what was answered is not asked again.
@@ -154,10 +160,7 @@ class KeptAnswers:
                 self._known |= others
                 self._stopping = self._stopping or wants
                 if wrong:
-                    raise NotNumbers(
-                        "its log-probabilities are no numbers (NaN): the weights are broken, or "
-                        "overflow in the type that they are read in"
-                    )
+                    raise NotNumbers
             self._report(len(requests) - sum(map(len, parts[first + size :])), len(requests))
         if not parts and requests:
             self._report(len(requests), len(requests))

@@ -46,7 +46,7 @@ def harness_task(name: str, folder: Path) -> TextTask:
     paths = published_files(folder, name)
     if paths:
         return _published(name, paths)
-    entry = _entry(name)
+    entry = _entry(name, folder)
     # The paper's tasks are asked without examples in the prompt, others as they are described.
     settings = {"num_fewshot": 0} if name in HARNESS_TASKS else {}
     chance = TEXT_CHANCE[name][0] if name in TEXT_CHANCE else None
@@ -102,12 +102,22 @@ def _published(name: str, paths: tuple[Path, ...]) -> TextTask:
     return TextTask(name, chance, settings, local.docs, known.split, known.num_docs, departs)
 
 
-def _entry(name: str) -> Any:
+def _entry(name: str, folder: Path) -> Any:
     index = manager().task_index
     entry = index.get(name)
     if entry is None:
         near = difflib.get_close_matches(name, [*HARNESS_TASKS, *index], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if (
+            name.endswith(".yaml")
+            or own_text_file(folder, name).is_file()
+            or hub_folder(folder, name)
+        ):
+            hint = (
+                "; tasks of your own are text_tasks/<name>.jsonl (lines of query, choices and gold) "
+                "or bench/<name>/questions.jsonl, which the data's world.json lists "
+                "(docs/evaluation.md)"
+            )
         raise ValueError(f"no text task is called {name!r}{hint}")
     kind, described = entry.kind.name, entry.cfg or {}
     if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
