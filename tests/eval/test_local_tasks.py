@@ -348,6 +348,20 @@ def test_what_is_not_here_is_said_in_a_line(
     assert "abstract_algebra" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["colours", "my_questions", "./colours.yaml"])
+def test_a_task_of_ones_own_outside_a_world_is_told_how_it_is_listed(
+    offline: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "text_tasks").mkdir()
+    (tmp_path / "text_tasks/colours.jsonl").touch()
+    (tmp_path / "my_questions").mkdir()
+    with pytest.raises(ValueError, match=r"is called .*text_tasks/<name>\.jsonl .* world\.json li"):
+        harness_task(name, tmp_path)
+    with pytest.raises(ValueError, match="is called") as raised:
+        harness_task("no_task_at_all", tmp_path)
+    assert "world.json" not in str(raised.value)
+
+
 def test_a_data_set_that_was_downloaded_before_needs_no_hub(offline: Path, tmp_path: Path) -> None:
     other = cached(offline, "openai/gsm8k", "socratic", None)
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE=0"):

@@ -251,6 +251,80 @@ def test_prompts_in_another_case_and_spacing_ask_the_same(pope: Path, key: str) 
     assert score(pope, rows, split="popular")["score"] == pytest.approx(5 / 6)
 
 
+@pytest.fixture
+def tallyqa(tmp_path: Path) -> Path:
+    """Counts of 0 to 5, the even ones simple."""
+    folder = tmp_path / "tallyqa"
+    folder.mkdir()
+    rows = [
+        {"question_id": 10 + i, "image": "a.jpg", "question": "How many?", "answer": i}
+        | {"issimple": i % 2 == 0}
+        for i in range(6)
+    ]
+    (folder / "test.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_ids_of_one_split_alone_say_so(tallyqa: Path) -> None:
+    rows = [{"question_id": 10 + i, "answer": i} for i in (5, 1, 3)]
+    row = score(tallyqa, rows, "simpler_answers.jsonl")
+    assert (row["score"], row["num_examples"]) == (1.0, 3)
+    assert "scored on split complex alone" in row["notes"]
+    row = score(tallyqa, rows, missing_as_wrong=True)
+    assert (row["score"], row["num_examples"]) == (0.5, 6)
+    with pytest.raises(ValueError, match="answers 2 of 6 questions"):
+        score(tallyqa, rows[:2])
+
+
+def test_answers_that_cannot_be_read_are_shown_and_refused_where_none_can(tallyqa: Path) -> None:
+    said: list[Any] = [0, "B", "two", "(D) 3", "four dogs", "Answer: F"]
+    row = score(tallyqa, [{"id": 10 + i, "answer": text} for i, text in enumerate(said)])
+    assert (row["unparsable"], row["score"]) == (1, pytest.approx((2 / 3 + 1) / 2))
+    assert any(
+        re.match(r"1 answers cannot be read and .*line 5 has 'four dogs'; an answer is an op", note)
+        for note in row["notes"]
+    )
+    with pytest.raises(ValueError, match=r"none of its 6 answers can be read: .*line 1 has 'many'"):
+        score(tallyqa, [{"id": 10 + i, "answer": "many"} for i in range(6)])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ids_that_number_the_predictions_are_their_order(gqa: Path, first: int) -> None:
+    rows = [{"id": first + i, "answer": text} for i, text in enumerate(("red", "yes", "x"))]
+    row = score(gqa, rows[::-1])
+    assert row["score"] == pytest.approx(2 / 3)
+    assert "no question has these ids, which number them: matched by their order" in row["notes"]
+    rows[0]["id"] += 5
+    with pytest.raises(ValueError, match="nothing says which is whose"):
+        score(gqa, rows)
+
+
+def test_zeros_before_an_id_and_a_pictures_number_name_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "coco_captions"
+    folder.mkdir()
+    images = [
+        {"filename": f"COCO_val2014_{i:012d}.jpg", "split": "test", "cocoid": i}
+        | {"sentences": [{"raw": f"A dog sees number {i}."}]}
+        for i in (42, 43)
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    rows: list[dict[str, Any]] = [
+        {"image_id": i, "caption": f"a dog sees number {i}"} for i in (43, 42)
+    ]
+    best = score(folder, rows)["score"]
+    padded = [{"id": f"{row['image_id']:012d}", "answer": row["caption"]} for row in rows]
+    assert score(folder, padded)["score"] == best
+    swapped = [{**row, "image_id": 85 - row["image_id"]} for row in rows]
+    assert score(folder, swapped)["score"] < best
+
+
+def test_marks_of_a_chat_template_in_answers_are_told(gqa: Path) -> None:
+    rows = [{"id": 100 + i, "answer": t} for i, t in enumerate(("red</s>", "yes<|im_end|>", "x"))]
+    row = score(gqa, rows)
+    assert row["score"] == 0
+    assert any(re.match(r"2 answers hold a chat template's marks", note) for note in row["notes"])
+
+
 def test_a_part_of_a_word_is_not_the_question(gqa: Path) -> None:
     path = gqa / "testdev_balanced_questions.json"
     path.write_text(re.sub(r"What is (\d)\?", r"the cat \1", path.read_text()))

@@ -46,8 +46,8 @@ class NotNumbers(ValueError):  # noqa: N818 - what is wrong with a model's log-p
 
     def __init__(self) -> None:
         super().__init__(
-            "its log-probabilities are no numbers (NaN): the weights are broken, or overflow in the "
-            "type that they are read in"
+            "its log-probabilities are no numbers (NaN): the weights are broken, or overflow in "
+            "the type that they are read in"
         )
 
 

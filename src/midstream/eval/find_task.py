@@ -114,8 +114,8 @@ def _entry(name: str, folder: Path) -> Any:
             or hub_folder(folder, name)
         ):
             hint = (
-                "; tasks of your own are text_tasks/<name>.jsonl (lines of query, choices and gold) "
-                "or bench/<name>/questions.jsonl, which the data's world.json lists "
+                "; tasks of your own are text_tasks/<name>.jsonl (lines of query, choices and "
+                "gold) or bench/<name>/questions.jsonl, which the data's world.json lists "
                 "(docs/evaluation.md)"
             )
         raise ValueError(f"no text task is called {name!r}{hint}")
