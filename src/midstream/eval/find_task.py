@@ -106,7 +106,8 @@ def _entry(name: str, folder: Path) -> Any:
     index = manager().task_index
     entry = index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, [*HARNESS_TASKS, *index], 1)
+        known = [*VISUAL_FORMATS, *HARNESS_TASKS, *index]
+        near = difflib.get_close_matches(name.lower(), known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         if (
             name.endswith(".yaml")
@@ -406,8 +407,10 @@ def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:
             )
         return str(kind), entry["chance"], visual_folder(world, name)
     if name not in VISUAL_FORMATS:
-        near = difflib.get_close_matches(name, [*VISUAL_FORMATS, *HARNESS_TASKS], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = difflib.get_close_matches(name.lower(), [*VISUAL_FORMATS, *HARNESS_TASKS])
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if name in HARNESS_TASKS:
+            hint = "; it is a text task, which models alone are asked (midstream eval)"
         raise ValueError(
             f"no visual benchmark is called {name!r}{hint}; there are {', '.join(VISUAL_FORMATS)}; "
             "another one's questions can be written down in format qa (docs/evaluation.md)"

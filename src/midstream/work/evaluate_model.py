@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,8 @@ def _asked(request: EvaluateRequest, data: Path) -> Evaluation:
     known = set(VISUAL_FORMATS) | set(text) | set(HARNESS_TASKS)
     unknown = [name for name in names if name not in chosen and name not in known]
     # The harness knows many more than stand here; a slip of the pen it would not find.
-    chosen += [name for name in unknown if difflib.get_close_matches(name, VISUAL_FORMATS, 1)]
+    near = partial(difflib.get_close_matches, possibilities=VISUAL_FORMATS, n=1)
+    chosen += [name for name in unknown if near(name.lower())]
     rest = [name for name in names if name not in chosen]
     return Evaluation.model_validate(
         {**request.evaluation, "visual_tasks": chosen, "text_tasks": rest}
