@@ -281,7 +281,9 @@ def test_answers_that_cannot_be_read_are_shown_and_refused_where_none_can(tallyq
     row = score(tallyqa, [{"id": 10 + i, "answer": text} for i, text in enumerate(said)])
     assert (row["unparsable"], row["score"]) == (1, pytest.approx((2 / 3 + 1) / 2))
     assert any(
-        re.match(r"1 answers cannot be read and .*line 5 has 'four dogs'; an answer is an op", note)
+        re.match(
+            r"1 of 6 answers cannot be read and .*line 5 has 'four dogs'; an answer is an op", note
+        )
         for note in row["notes"]
     )
     with pytest.raises(ValueError, match=r"none of its 6 answers can be read: .*line 1 has 'many'"):
@@ -318,11 +320,24 @@ def test_zeros_before_an_id_and_a_pictures_number_name_the_same(tmp_path: Path) 
     assert score(folder, swapped)["score"] < best
 
 
+def test_boxes_of_the_padded_square_are_scored_where_one_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "ocid_ref"
+    folder.mkdir()
+    record = {"scene_path": "a.png", "bbox": "[0, 0, 320, 48]", "sentence": "the cup"}
+    (folder / "val_expressions.json").write_text(json.dumps({"1": record}))
+    rows = [{"id": 1, "answer": "[0.0, 0.12, 0.5, 0.2]"}]  # 640 by 480 pixels: y' = .75 y + .125
+    assert score(folder, rows)["score"] == 0
+    row = score(folder, rows, box_frame="square")
+    assert (row["score"], row["details"]["mean_iou"]) == (1.0, pytest.approx(1.0))
+
+
 def test_marks_of_a_chat_template_in_answers_are_told(gqa: Path) -> None:
     rows = [{"id": 100 + i, "answer": t} for i, t in enumerate(("red</s>", "yes<|im_end|>", "x"))]
     row = score(gqa, rows)
     assert row["score"] == 0
-    assert any(re.match(r"2 answers hold a chat template's marks", note) for note in row["notes"])
+    assert any(
+        re.match(r"2 of 3 answers hold a chat template's marks", note) for note in row["notes"]
+    )
 
 
 def test_a_part_of_a_word_is_not_the_question(gqa: Path) -> None:

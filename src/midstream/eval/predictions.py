@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from midstream.eval.benchmark import score_visual
 from midstream.eval.benchmark_records import plain_words
-from midstream.eval.find_task import VisualTask, read_visual_task
+from midstream.eval.find_task import VisualTask, in_the_square, read_visual_task
 from midstream.eval.prediction_files import Prediction, read_predictions
 from midstream.eval.tasks import VisualExample
 
@@ -29,19 +29,22 @@ def score_predictions(
     split: str | None = None,
     missing_as_wrong: bool = False,
     ignore_unknown: bool = False,
+    box_frame: str = "picture",
 ) -> dict[str, Any]:
     """Score a file of predictions on a benchmark whose official files are under `data`.
 
     The row of results.json that a model's answers would give, with `num_missing` and `notes`.
     Predictions belong to questions by id where ids name questions, else by their order; either way
     they are checked against the questions' words where the file has them. split: they answer this
-    split alone. With `ignore_unknown` those whose id no question has are left out and counted.
-    Pictures may be absent. Raises ValueError for questions without a prediction (with
-    `missing_as_wrong` they count as wrong), for predictions of no question or whose prompts ask
-    something else, for two of one question, where it is not clear which split is meant, and where
-    none of the answers can be read.
+    split alone. box_frame: as in `config.Evaluation`. With `ignore_unknown` those whose id no
+    question has are left out and counted. Pictures may be absent. Raises ValueError for questions
+    without a prediction (with `missing_as_wrong` they count as wrong), for predictions of no
+    question or whose prompts ask something else, for two of one question, where it is not clear
+    which split is meant, and where none of the answers can be read.
     """
     task = read_visual_task(data, name, pictures=False, shuffled=False)
+    if box_frame == "square":
+        task = in_the_square(task)
     predictions, notes = read_predictions(path), []
     if ignore_unknown:
         known = _names(task)
@@ -96,12 +99,15 @@ def _unread(
         told = f"{unread[0].where} has {_short(unread[0].answer or '')}; {task.format.reads}"
         if len(unread) == len(pairs) > 1:
             raise ValueError(f"{path}: none of its {len(pairs):,} answers can be read: {told}")
-        notes.append(f"{len(unread):,} answers cannot be read and count as wrong: {told}")
+        notes.append(
+            f"{len(unread):,} of {len(pairs):,} answers cannot be read and count as wrong: {told}"
+        )
     marked = [one for one, _ in pairs if _MARKUP.search(one.answer or "")]
     if marked:
         notes.append(
-            f"{len(marked):,} answers hold a chat template's marks or a model's thoughts, and are "
-            f"scored so: {marked[0].where} has {_short(marked[0].answer or '')}; cut these off"
+            f"{len(marked):,} of {len(pairs):,} answers hold a chat template's marks or a model's "
+            f"thoughts, and are scored so: {marked[0].where} has "
+            f"{_short(marked[0].answer or '')}; cut these off"
         )
     return notes
 
