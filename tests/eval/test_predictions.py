@@ -270,8 +270,12 @@ def test_ids_of_one_split_alone_say_so(tallyqa: Path) -> None:
     row = score(tallyqa, rows, "simpler_answers.jsonl")
     assert (row["score"], row["num_examples"]) == (1.0, 3)
     assert "scored on split complex alone" in row["notes"]
-    row = score(tallyqa, rows, missing_as_wrong=True)
-    assert (row["score"], row["num_examples"]) == (0.5, 6)
+    all_of_it = score(tallyqa, rows, missing_as_wrong=True)
+    assert (all_of_it["score"], all_of_it["num_examples"]) == (0.5, 6)
+    # What a file is called counts for less.
+    assert score(tallyqa, rows, "simple_answers.jsonl")["notes"] == row["notes"][:1]
+    row = score(tallyqa, rows[:2], "tallyqa_complex.jsonl", missing_as_wrong=True)
+    assert row["num_examples"] == 3
     with pytest.raises(ValueError, match="answers 2 of 6 questions"):
         score(tallyqa, rows[:2])
 
@@ -329,6 +333,11 @@ def test_boxes_of_the_padded_square_are_scored_where_one_says_so(tmp_path: Path)
     assert score(folder, rows)["score"] == 0
     row = score(folder, rows, box_frame="square")
     assert (row["score"], row["details"]["mean_iou"]) == (1.0, pytest.approx(1.0))
+
+
+def test_empty_answers_are_wrong_and_told(gqa: Path) -> None:
+    row = score(gqa, [{"id": 100 + i, "answer": text} for i, text in enumerate(("red", " ", ""))])
+    assert (row["score"], row["notes"]) == (pytest.approx(1 / 3), ["2 of 3 answers are empty"])
 
 
 def test_marks_of_a_chat_template_in_answers_are_told(gqa: Path) -> None:

@@ -82,6 +82,9 @@ def score_predictions(
         )
     if missing:
         notes.append(f"{len(missing):,} questions without a prediction count as wrong")
+    empty = sum(not text for text in said.values())
+    if empty:
+        notes.append(f"{empty:,} of {len(said):,} answers are empty")
     notes += _unread(task, [pair for pair in pairs if pair[0].answer is not None], path)
     row = score_visual(task, [said.get(example.example_id, "") for example in task.examples])
     return row | {"num_missing": len(missing), "notes": notes}
@@ -224,18 +227,19 @@ def _likely_split(
     by_split = _splits(task)
     if len(predictions) > max(len(own) for own in by_split.values()):
         return None
+    names = {_plain(prediction.name) for prediction in predictions}
+    ids = {split: {_plain(e.example_id) for e in own} for split, own in by_split.items()}
+    hit = [split for split, own in ids.items() if own & names]
     named = [
         split
         for split in by_split
         if re.search(rf"(?<![a-z]){re.escape(split)}(?![a-z])", path.name)
     ]
-    if len(named) == 1:
+    if len(named) == 1 and hit in ([], named):
         notes.append(f"the file's name says {named[0]}")
         return named[0]
-    names = {_plain(prediction.name) for prediction in predictions}
-    if names & {_plain(example.example_id) for example in task.examples}:
-        ids = {split: {_plain(e.example_id) for e in own} for split, own in by_split.items()}
-        return None if whole else next((n for n, own in ids.items() if own == names), None)
+    if hit:
+        return hit[0] if not whole and ids[hit[0]] == names else None
     possible = [split for split, own in by_split.items() if _fits(own, predictions)]
     if len(possible) == 1:
         return possible[0]
