@@ -1,5 +1,6 @@
 """Published files in the columns of the harness's data sets, and through the harness itself."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -277,6 +278,17 @@ def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
         (tmp_path / f"winogrande/{split}.jsonl").write_text("{}\n")
     with pytest.raises(FileNotFoundError, match=r"no file of the split 'validation', only test"):
         harness_task("winogrande", tmp_path)
+    # One file is taken for whatever it is, but not where it says that it is of another split.
+    (tmp_path / "winogrande/test.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file of the split 'validation', only train"):
+        harness_task("winogrande", tmp_path)
+    for name in ("dev.jsonl.gz", "records.jsonl"):
+        (tmp_path / "winogrande/train.jsonl").unlink(missing_ok=True)
+        path = tmp_path / "winogrande" / name
+        path.write_bytes(gzip.compress(b"{}\n") if path.suffix == ".gz" else b"{}\n")
+        task = harness_task("winogrande", tmp_path)
+        assert (task.files, task.settings["dataset_path"]) == ((path,), "json")
+        path.unlink()
 
 
 def test_a_hub_that_does_not_answer_is_said_at_once(

@@ -31,6 +31,8 @@ from midstream.eval.text import SHARES, TextTask, manager, own_task, read_text_t
 
 # By the end of a name, what `datasets` calls it.
 _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# What splits are called.
+_SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 # A hub that does not answer for so long is not there.
 _HUB_SECONDS = 5.0
 
@@ -136,12 +138,13 @@ def _split_files(
     """The files of a split and what kind they are: by their names, or by their folder's."""
     root = folder / configuration if configuration else folder
     found = map(Path, walk(root if root.is_dir() else folder))
-    data = [path for path in found if path.suffix in _KINDS and not is_note(path.name)]
+    data = [path for path in found if _kind(path) and not is_note(path.name)]
     called = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
     # "test-00000-of-00001.parquet" is of the split "test".
-    named = [path for path in data if re.split(r"[._-]", path.name.lower())[0] in called]
+    begins = {path: re.split(r"[._-]", path.name.lower())[0] for path in data}
+    named = [path for path in data if begins[path] in called]
     named = named or [path for path in data if path.parent.name in called]
-    if not named and len(data) == 1:
+    if not named and len(data) == 1 and not {begins[data[0]], data[0].parent.name} & _SPLITS:
         named = data
     if not named:
         there = ", ".join(str(path.relative_to(folder)) for path in data[:10]) or "no data file"
@@ -150,11 +153,15 @@ def _split_files(
             f"the data set's files there as its hub has them, such as {split}.parquet, .jsonl or "
             ".csv"
         )
-    kind, *others = {_KINDS[path.suffix] for path in named}
+    kind, *others = {_kind(path) or "" for path in named}
     if others:
         names = ", ".join(path.name for path in named[:5])
         raise ValueError(f"text task {name}: {folder} holds {split!r} in two forms ({names})")
     return kind, tuple(named)
+
+
+def _kind(path: Path) -> str | None:
+    return _KINDS.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
 def _data_sets(member: Any, changed: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
