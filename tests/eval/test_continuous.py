@@ -219,6 +219,18 @@ def test_a_mean_is_of_the_examples_that_have_it_and_weighs_splits_alike() -> Non
     assert (found["iou"], found["stderr"]["iou"]) == (None, None)
 
 
+def test_a_right_answer_that_cannot_be_has_no_mean_that_json_cannot_hold() -> None:
+    never = -math.inf
+    said = TextAnswer("It is", (" a", " b"), 1, 0, 0.0, "", (never, -2.0), ("It is", " a"))
+    rows = [text_outcomes(one, 1) for one in (said, replace(said, logprobs=(-1.0, -2.0)))]
+    found = summary(rows, None, ["", ""])
+    assert (found["bits_per_byte"], found["stderr"]["bits_per_byte"]) == (None, None)
+    assert found["correct_prob"] == pytest.approx((0 + math.e / (1 + math.e)) / 2)
+    impossible = text_outcomes(replace(said, logprobs=(never, never)), 1)
+    assert (impossible["correct_prob"], impossible["prob"]) == (None, 0.0)
+    json.dumps(found, allow_nan=False)
+
+
 def test_text_is_weighed_per_byte_character_and_token() -> None:
     said = TextAnswer("It is", (" né", " x"), 1, 0, 0.0, "", (-3.0, -2.0), ("It is", " né"))
     row, bits = text_outcomes(said, 4), 3 / math.log(2)

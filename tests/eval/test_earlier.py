@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 
@@ -174,7 +175,9 @@ def test_a_row_without_its_predictions_is_not_done(first: First, tmp_path: Path)
 
 
 def test_another_programs_results_are_left_alone(tmp_path: Path) -> None:
-    for number, text in enumerate(("[]", '{"tasks": [1]}', '{"tasks": {"hue": 0.5}}', "{}")):
+    for number, text in enumerate(
+        ("[]", '{"tasks": [1]}', '{"tasks": {"hue": 0.5}}', "{}", '{"tasks')
+    ):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "results.json").write_text(text)
     (tmp_path / "notes.txt").touch()
@@ -247,6 +250,22 @@ def test_what_is_shown_again_says_from_when_it_is_wherever_it_is_taken(
     # Another folder takes the text task over, and says the same of it the next time.
     for _ in range(2):
         assert f"letters (of {when})" in run(max_new_tokens=7)
+
+
+def test_a_folder_that_another_evaluation_writes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_world(tmp_path / "world")
+    listed = json.loads((tmp_path / "world/world.json").read_text())
+    (tmp_path / "world/world.json").write_text(json.dumps({**listed, "text_tasks": {}}))
+    asked = tmp_path / "out", tmp_path / "world", monkeypatch
+    command(*asked)
+    (folder,) = (tmp_path / "out").glob("model-*")
+    (folder / "results.json").write_text("{")
+    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="by another evaluation; wait"):
+        command(*asked)
+    assert command(*asked)[1] == ["hue", "odd"]
+    assert set(read_json(folder / "results.json")["tasks"]) == {"hue", "odd"}
 
 
 def test_answers_of_another_version_are_asked_again(

@@ -1,6 +1,7 @@
 """Answers that were kept are not asked again, whoever kept them and however many ranks ask now."""
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from answerers import Fake, chosen, written
-from midstream.eval.answers import EvaluationStopped, KeptAnswers
+from midstream.eval.answers import EvaluationStopped, KeptAnswers, NotNumbers
+from midstream.work.evaluate_model import _failures_named
 
 PROMPTS = [f"Question {index}?" for index in range(30)]
 # The pictures are names alone.
@@ -96,6 +98,23 @@ def test_equal_requests_are_asked_once_and_one_context_stays_together() -> None:
     pairs = [("context", str(index)) for index in range(5)] + [("other one", "x")] * 3
     assert len(answers.loglikelihood(pairs)) == 8
     assert fake.parts == [5, 1]
+
+
+def test_nan_is_kept_by_no_rank_and_told_by_all(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def work(number: int, rank: Rank) -> None:
+        fake = Fake(like=lambda _, text: math.nan if text == "x" else -1.0)
+        answers = kept(fake, tmp_path, at_once=1, ranks=rank)
+        with pytest.raises(NotNumbers, match=r"no numbers \(NaN\)") as raised:
+            answers.loglikelihood([("a", "x"), ("b", "y")])
+        told.append(str(raised.value))
+
+    on_ranks(2, work)
+    assert len(told) == 2
+    assert [path.read_text().count("\n") for path in sorted(tmp_path.glob("*"))] == [1]
+    with pytest.raises(ValueError, match=r"^m: its log-probabilities"), _failures_named("m"):
+        raise NotNumbers
 
 
 def test_a_stopped_evaluation_goes_on_behind_its_last_answer(tmp_path: Path) -> None:

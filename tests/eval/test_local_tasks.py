@@ -1,5 +1,6 @@
 """Published files in the columns of the harness's data sets, and through the harness itself."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -277,6 +278,17 @@ def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
         (tmp_path / f"winogrande/{split}.jsonl").write_text("{}\n")
     with pytest.raises(FileNotFoundError, match=r"no file of the split 'validation', only test"):
         harness_task("winogrande", tmp_path)
+    # One file is taken for whatever it is, but not where it says that it is of another split.
+    (tmp_path / "winogrande/test.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file of the split 'validation', only train"):
+        harness_task("winogrande", tmp_path)
+    for name in ("dev.jsonl.gz", "records.jsonl"):
+        (tmp_path / "winogrande/train.jsonl").unlink(missing_ok=True)
+        path = tmp_path / "winogrande" / name
+        path.write_bytes(gzip.compress(b"{}\n") if path.suffix == ".gz" else b"{}\n")
+        task = harness_task("winogrande", tmp_path)
+        assert (task.files, task.settings["dataset_path"]) == ((path,), "json")
+        path.unlink()
 
 
 def test_a_hub_that_does_not_answer_is_said_at_once(
@@ -346,6 +358,20 @@ def test_what_is_not_here_is_said_in_a_line(
         harness_task(name, tmp_path)
     assert "\n" not in str(raised.value)
     assert "abstract_algebra" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["colours", "my_questions", "./colours.yaml"])
+def test_a_task_of_ones_own_outside_a_world_is_told_how_it_is_listed(
+    offline: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "text_tasks").mkdir()
+    (tmp_path / "text_tasks/colours.jsonl").touch()
+    (tmp_path / "my_questions").mkdir()
+    with pytest.raises(ValueError, match=r"is called .*text_tasks/<name>\.jsonl .* world\.json li"):
+        harness_task(name, tmp_path)
+    with pytest.raises(ValueError, match="is called") as raised:
+        harness_task("no_task_at_all", tmp_path)
+    assert "world.json" not in str(raised.value)
 
 
 def test_a_data_set_that_was_downloaded_before_needs_no_hub(offline: Path, tmp_path: Path) -> None:

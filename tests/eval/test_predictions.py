@@ -3,15 +3,14 @@
 import csv
 import json
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from midstream.eval.find_task import read_visual_task
-from midstream.eval.predictions import read_predictions, score_predictions
+from midstream.eval.prediction_files import read_predictions
+from midstream.eval.predictions import score_predictions
 
 GOLD = {"random": "yn" * 3, "popular": "yy" + "nn" * 2, "adversarial": "ny" * 3}
 WORDS = {"y": "yes", "n": "no"}
@@ -197,17 +196,6 @@ def test_what_is_wrong_with_a_predictions_file_is_said_with_its_line(
         score(gqa, rows)
 
 
-def test_an_absent_an_empty_and_a_broken_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"p\.jsonl does not exist"):
-        read_predictions(tmp_path / "p.jsonl")
-    (tmp_path / "p.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"p\.jsonl is empty"):
-        read_predictions(tmp_path / "p.jsonl")
-    (tmp_path / "p.jsonl").write_text('{"id": 1, "answer": "a"}\n{"id": 2, "ans')
-    with pytest.raises(ValueError, match=r"p\.jsonl line 2 is not JSON"):
-        read_predictions(tmp_path / "p.jsonl")
-
-
 def test_textvqa_answers_are_found_by_picture_and_words(tmp_path: Path) -> None:
     folder = tmp_path / "textvqa"
     folder.mkdir()
@@ -248,6 +236,105 @@ def test_prompts_in_another_case_and_spacing_ask_the_same(pope: Path, key: str) 
         for row in llava("popular", "yynnny")
     ]
     assert score(pope, rows, split="popular")["score"] == pytest.approx(5 / 6)
+
+
+@pytest.fixture
+def tallyqa(tmp_path: Path) -> Path:
+    """Counts of 0 to 5, the even ones simple."""
+    folder = tmp_path / "tallyqa"
+    folder.mkdir()
+    rows = [
+        {"question_id": 10 + i, "image": "a.jpg", "question": "How many?", "answer": i}
+        | {"issimple": i % 2 == 0}
+        for i in range(6)
+    ]
+    (folder / "test.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_ids_of_one_split_alone_say_so(tallyqa: Path) -> None:
+    rows = [{"question_id": 10 + i, "answer": i} for i in (5, 1, 3)]
+    row = score(tallyqa, rows, "simpler_answers.jsonl")
+    assert (row["score"], row["num_examples"]) == (1.0, 3)
+    assert "scored on split complex alone" in row["notes"]
+    all_of_it = score(tallyqa, rows, missing_as_wrong=True)
+    assert (all_of_it["score"], all_of_it["num_examples"]) == (0.5, 6)
+    # What a file is called counts for less.
+    assert score(tallyqa, rows, "simple_answers.jsonl")["notes"] == row["notes"][:1]
+    row = score(tallyqa, rows[:2], "tallyqa_complex.jsonl", missing_as_wrong=True)
+    assert row["num_examples"] == 3
+    with pytest.raises(ValueError, match="answers 2 of 6 questions"):
+        score(tallyqa, rows[:2])
+
+
+def test_answers_that_cannot_be_read_are_shown_and_refused_where_none_can(tallyqa: Path) -> None:
+    said: list[Any] = [0, "B", "two", "(D) 3", "four dogs", "Answer: F"]
+    row = score(tallyqa, [{"id": 10 + i, "answer": text} for i, text in enumerate(said)])
+    assert (row["unparsable"], row["score"]) == (1, pytest.approx((2 / 3 + 1) / 2))
+    assert any(
+        re.match(
+            r"1 of 6 answers cannot be read and .*line 5 has 'four dogs'; an answer is an op", note
+        )
+        for note in row["notes"]
+    )
+    with pytest.raises(ValueError, match=r"none of its 6 answers can be read: .*line 1 has 'many'"):
+        score(tallyqa, [{"id": 10 + i, "answer": "many"} for i in range(6)])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ids_that_number_the_predictions_are_their_order(gqa: Path, first: int) -> None:
+    said = enumerate(("red", "yes", "x"))
+    rows: list[dict[str, Any]] = [{"id": first + i, "answer": text} for i, text in said]
+    row = score(gqa, rows[::-1])
+    assert row["score"] == pytest.approx(2 / 3)
+    assert "no question has these ids, which number them: matched by their order" in row["notes"]
+    rows[0]["id"] += 5
+    with pytest.raises(ValueError, match="nothing says which is whose"):
+        score(gqa, rows)
+
+
+def test_zeros_before_an_id_and_a_pictures_number_name_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "coco_captions"
+    folder.mkdir()
+    images = [
+        {"filename": f"COCO_val2014_{i:012d}.jpg", "split": "test", "cocoid": i}
+        | {"sentences": [{"raw": f"A dog sees number {i}."}]}
+        for i in (42, 43)
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    rows: list[dict[str, Any]] = [
+        {"image_id": i, "caption": f"a dog sees number {i}"} for i in (43, 42)
+    ]
+    best = score(folder, rows)["score"]
+    padded = [{"id": f"{row['image_id']:012d}", "answer": row["caption"]} for row in rows]
+    assert score(folder, padded)["score"] == best
+    swapped = [{**row, "image_id": 85 - row["image_id"]} for row in rows]
+    assert score(folder, swapped)["score"] < best
+
+
+def test_boxes_of_the_padded_square_are_scored_where_one_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "ocid_ref"
+    folder.mkdir()
+    record = {"scene_path": "a.png", "bbox": "[0, 0, 320, 48]", "sentence": "the cup"}
+    (folder / "val_expressions.json").write_text(json.dumps({"1": record}))
+    rows = [{"id": 1, "answer": "[0.0, 0.12, 0.5, 0.2]"}]  # 640 by 480 pixels: y' = .75 y + .125
+    assert score(folder, rows)["score"] == 0
+    row = score(folder, rows, box_frame="square")
+    assert (row["score"], row["details"]["mean_iou"]) == (1.0, pytest.approx(1.0))
+
+
+def test_empty_answers_are_wrong_and_told(gqa: Path) -> None:
+    row = score(gqa, [{"id": 100 + i, "answer": text} for i, text in enumerate(("red", " ", ""))])
+    assert (row["score"], row["notes"]) == (pytest.approx(1 / 3), ["2 of 3 answers are empty"])
+
+
+def test_marks_of_a_chat_template_in_answers_are_told(gqa: Path) -> None:
+    rows = [{"id": 100 + i, "answer": t} for i, t in enumerate(("red</s>", "yes<|im_end|>", "x"))]
+    row = score(gqa, rows)
+    assert row["score"] == 0
+    assert any(
+        re.match(r"2 of 3 answers hold a chat template's marks", note) for note in row["notes"]
+    )
 
 
 def test_a_part_of_a_word_is_not_the_question(gqa: Path) -> None:
@@ -293,48 +380,6 @@ def test_recognised_words_are_found_by_questions_in_another_case(tmp_path: Path)
     assert [example.question.split(": ")[-1] for example in examples] == ["NOKIA", "NOKIA", "XL"]
     answers = [{"question_id": "a1", "prompt": q.lower(), "text": a} for q, a in asked]
     assert score(folder, answers)["score"] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("answer", "read"),
-    [
-        (["yes"], "yes"),
-        ([["yes"]], "yes"),
-        (" yes\n", "yes"),
-        ([" yes\n"], "yes"),
-        (2, "2"),
-        (2.0, "2"),
-        (2.5, "2.5"),
-        ("2.0", "2.0"),
-        ([0.1, 0.2, 0.3, 0.4], "[0.1, 0.2, 0.3, 0.4]"),
-        (float("nan"), None),
-        ([float("nan")], None),
-        (None, None),
-    ],
-)
-def test_an_answer_is_cleaned_in_the_same_way_in_every_layout(
-    tmp_path: Path, answer: Any, read: str | None
-) -> None:
-    record = {"question_id": 1, "answer": answer}
-    layouts: dict[str, Any] = {
-        "line": record,
-        "list": [record],
-        "pretty": record,
-        "map": {"1": answer},
-        "vlm-evaluation": {"1": {"question_id": 1, "model_output": answer}},
-        "lmms-eval": {"doc_id": 0, "doc": {"question_id": 1}, "filtered_resps": [answer]},
-    }
-    for name, value in layouts.items():
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(value, indent=2 if name == "pretty" else None))
-        assert [(one.name, one.answer) for one in read_predictions(path)] == [("1", read)], name
-
-
-@pytest.mark.parametrize("answer", [["yes", "no"], [], True, {}, float("inf"), [["a", 1]]])
-def test_what_is_no_answer_is_refused(tmp_path: Path, answer: Any) -> None:
-    file = lines(tmp_path / "answers.jsonl", [{"id": 1, "answer": answer}])
-    with pytest.raises(ValueError, match=r"line 1 has .* under 'answer', which is no answer; gi"):
-        read_predictions(file)
 
 
 @pytest.mark.parametrize("nothing", [float("nan"), None])
@@ -383,33 +428,6 @@ def test_a_table_is_read_whose_answer_column_is_the_right_one(
         read_predictions(path)
 
 
-def test_a_tables_whole_numbers_are_no_fractions_and_its_empty_cells_no_answers(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "counts.csv"
-    path.write_text("question_id,prediction\n1.0,2.0\n2.0,\n3.0,NaN\n4.0,-3.0\n")
-    read = [(one.name, one.answer) for one in read_predictions(path)]
-    assert read == [("1", "2"), ("2", None), ("3", None), ("4", "-3")]
-    path.write_text("question_id,prediction\n1,2.0\n2,None\n")
-    assert [one.answer for one in read_predictions(path)] == ["2.0", "None"]
-
-
-def test_an_excel_table_is_read_where_openpyxl_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "MODEL_GQA.xlsx"
-    path.touch()
-    monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(ValueError, match=r"which openpyxl reads; install that, or save it as"):
-        read_predictions(path)
-    rows = [("index", "answer", "prediction"), (100, "gold", "red"), (101, "gold", None)]
-    sheet = SimpleNamespace(iter_rows=lambda values_only: iter(rows))
-    stand_in = SimpleNamespace(load_workbook=lambda *_, **__: SimpleNamespace(active=sheet))
-    monkeypatch.setitem(sys.modules, "openpyxl", stand_in)
-    read = [(one.name, one.answer) for one in read_predictions(path)]
-    assert read == [("100", "red"), ("101", None)]
-
-
 def test_samples_of_lmms_eval_without_ids_come_in_their_documents_order(
     gqa: Path, tmp_path: Path
 ) -> None:
@@ -424,27 +442,3 @@ def test_samples_of_lmms_eval_without_ids_come_in_their_documents_order(
     scored = [{**row, "filtered_resps": [[-1.5, False], [-2.0, True]]} for row in rows]
     with pytest.raises(ValueError, match="which is no answer"):
         read_predictions(lines(tmp_path / "choices.jsonl", scored))
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"doc_id": 0, "doc": {}, "resps": [["a"]]}, "lmms-eval's samples .*: add filtered_resps"),
-        ({"question_id": 1, "prompt": "?", "answer_id": 3}, r"LLaVA's JSON lines .*: add text"),
-        ({"question_id": 1, "question": "?"}, "vlm-evaluation's .*: add model_output"),
-        ({"questionId": 1}, "GQA's JSON list .*: add prediction"),
-    ],
-)
-def test_a_record_without_an_answer_is_told_the_nearest_layout(
-    tmp_path: Path, record: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=f"has no answer, only .*; nearest is {message}"):
-        read_predictions(lines(tmp_path / "p.jsonl", [record] * 2))
-
-
-def test_an_object_of_records_by_id_is_read(tmp_path: Path) -> None:
-    record = {"question": "Is it?", "model_output": "red", "ground_truth_answer": "blue"}
-    path = tmp_path / "full-results.json"
-    path.write_text(json.dumps({"1000": record}))
-    (one,) = read_predictions(path)
-    assert (one.name, one.answer, one.question) == ("1000", "red", "Is it?")

@@ -405,6 +405,13 @@ def test_several_files_that_could_be_meant_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_benchmark_suggests_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no visual benchmark is called 'refcoc'; did you mean"):
         read_visual_task(tmp_path, "refcoc")
+    for name, near in (("POPE", "pope"), ("RefCOCO+", ".*refcoco_plus"), ("VQAv2", "vqav2")):
+        with pytest.raises(ValueError, match=rf"did you mean {near}.*\?"):
+            read_visual_task(tmp_path, name)
+    with pytest.raises(ValueError, match="it is a text task"):
+        read_visual_task(tmp_path, "arc_easy")
+    with pytest.raises(ValueError, match=r"there are vqav2, .*; another one's .* in format qa"):
+        read_visual_task(tmp_path, "mmstar_v9")
 
 
 class Attack:

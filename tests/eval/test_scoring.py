@@ -17,7 +17,6 @@ from midstream.eval.scoring import (
     averages,
     box_accuracy,
     box_iou,
-    choice_letter,
     gqa_accuracy,
     gqa_accuracy_prismatic,
     parse_box,
@@ -251,27 +250,6 @@ def test_popes_numbers() -> None:
     assert found == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_rate": 0.5}
     never = yes_no_scores(["no", "no"], ["yes", "no"])
     assert (never["accuracy"], never["precision"], never["f1"]) == (0.5, None, None)
-
-
-@pytest.mark.parametrize(
-    ("text", "index"),
-    [
-        ("B", 1),
-        ("b", 1),
-        ("(B)", 1),
-        (" B. two dogs", 1),
-        ("B: two", 1),
-        ("B)", 1),
-        ("Two dogs", None),
-        ("The", None),
-        ("A man", None),
-        ("E", None),
-        ("", None),
-        ("AB", None),
-    ],
-)
-def test_a_letter_is_an_answer_and_a_word_is_none(text: str, index: int | None) -> None:
-    assert choice_letter(text, 4) == index
 
 
 @given(

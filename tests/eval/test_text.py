@@ -326,6 +326,17 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_a_number_that_is_none_is_not_written_down() -> None:
+    table = {"acc,none": 0.5, "acc_stderr,none": "N/A", "f1,none": float("nan")}
+    table |= {"word_perplexity,none": float("inf"), "acc,other": 1}
+    assert text_module._numbers(table, "none") == {
+        "acc": 0.5,
+        "f1": None,
+        "word_perplexity": None,
+        "acc.other": 1.0,
+    }
+
+
 @pytest.mark.slow
 def test_every_kind_of_task_gives_the_numbers_of_the_harness(harness: Path, tmp_path: Path) -> None:
     from lm_eval.evaluator import simple_evaluate

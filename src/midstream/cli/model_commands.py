@@ -120,6 +120,11 @@ Shots = Annotated[
 ]
 
 
+BoxFrame = Annotated[
+    str, typer.Option(help="Boxes as shares of picture or of the square it is padded to (square).")
+]
+
+
 def evaluate(
     models: Annotated[
         list[str] | None,
@@ -148,9 +153,7 @@ def evaluate(
         str, typer.Option(help="Yes/no and letters by probability, by text, or both.")
     ] = "probability",
     letters: Annotated[str, typer.Option(help="Options by letter or by likelihood.")] = "letter",
-    box_frame: Annotated[str, typer.Option(help="Boxes as shares of picture or square.")] = (
-        "picture"
-    ),
+    box_frame: BoxFrame = "picture",
     blind: Annotated[
         bool, typer.Option("--blind", help="Ask again with another question's picture.")
     ] = False,
@@ -217,6 +220,7 @@ def score(
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="Leave out predictions of no question here.")
     ] = False,
+    box_frame: BoxFrame = "picture",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Score a file of predictions without a model; the pictures may be absent."""

@@ -6,6 +6,7 @@ Their keys stand for all that they depend on, wherever files lie.
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,16 @@ _ALONE = SimpleNamespace(rank=0, world_size=1, gather=lambda value: [value])
 
 class EvaluationStopped(Exception):  # noqa: N818 - it ends an evaluation without being an error
     """Asked to stop, with more to be asked; what was answered is kept."""
+
+
+class NotNumbers(ValueError):  # noqa: N818 - what is wrong with a model's log-probabilities
+    """A model's log-probabilities are NaN."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "its log-probabilities are no numbers (NaN): the weights are broken, or overflow in "
+            "the type that they are read in"
+        )
 
 
 class KeptAnswers:
@@ -142,10 +153,14 @@ class KeptAnswers:
             for part in parts[first : first + size][self.ranks.rank :][:1]:
                 answers = ask(*map(list, zip(*(requests[i] for i in part), strict=True)))
                 fresh = {keys[i]: answer for i, answer in zip(part, answers, strict=True)}
-            self._keep(fresh)
-            for others, wants in self.ranks.gather([fresh, self.should_stop()]):
+            broken = any(map(_holds_nan, fresh.values()))
+            if not broken:
+                self._keep(fresh)
+            for others, wants, wrong in self.ranks.gather([fresh, self.should_stop(), broken]):
                 self._known |= others
                 self._stopping = self._stopping or wants
+                if wrong:
+                    raise NotNumbers
             self._report(len(requests) - sum(map(len, parts[first + size :])), len(requests))
         if not parts and requests:
             self._report(len(requests), len(requests))
@@ -167,6 +182,12 @@ class KeptAnswers:
             stream.write(lines)
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _holds_nan(answer: Any) -> bool:
+    if isinstance(answer, list | tuple):
+        return any(map(_holds_nan, answer))
+    return isinstance(answer, float) and math.isnan(answer)
 
 
 def _picture(prompt: str, image: Path | None, *_: Any) -> tuple[int, str]:
@@ -210,7 +231,7 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 # Raise it when a scorer, or what a row of results holds, changes: tasks are asked again.
-SCORES_VERSION = 3
+SCORES_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -229,14 +250,22 @@ def earlier_tasks(folders: Iterable[Path]) -> dict[str, EarlierTask]:
     found: dict[str, EarlierTask] = {}
     for folder in folders:
         path = folder / "results.json"
-        value = read_json(path) if path.is_file() else {}
         # Other programs' folders may lie beside ours, and have files of this name.
+        value = results_of(path)
         tasks = value.get("tasks") if isinstance(value, dict) else None
         for name, row in tasks.items() if isinstance(tasks, dict) else ():
             predictions = folder / "predictions" / f"{name}.parquet"
             if isinstance(row, dict) and "key" in row and predictions.is_file():
                 found[row["key"]] = EarlierTask(row, predictions)
     return found
+
+
+def results_of(path: Path) -> Any:
+    """What a results.json holds; None where there is none, or none that is whole."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
 
 
 def take_predictions(

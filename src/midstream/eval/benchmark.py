@@ -282,7 +282,7 @@ def score_visual(
         "blind": None if blind is None else mean_by_split(_scores(task, blind), splits),
         "num_examples": len(examples),
         "shortened": _shortened(len(examples), task.num_all),
-        "unparsable": sum(task.format.parse(text) is None for text in predictions),
+        "unparsable": sum(one is None for one in map(task.format.parse, predictions, examples)),
         "splits": split_means(scores, splits) if len(set(splits)) > 1 else {},
         "details": details,
         "continuous": summary(weighed, pictures, splits),
@@ -310,6 +310,7 @@ def _report_text(
             **_columns(weighed),
         )
     splits, value = [row.split for row in rows], result.metrics[result.metric]
+    assert value is not None  # refused before
     # A metric may be a mean over examples or over a group's tasks; of any other nothing is said.
     means = [bootstrap([row.score for row in rows], None, parts) for parts in (None, splits)]
     equal = [one for one in means if math.isclose(one.mean, value, rel_tol=1e-6, abs_tol=1e-9)]

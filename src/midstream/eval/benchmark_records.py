@@ -141,7 +141,7 @@ def read_json_file(path: Path) -> Any:
         missing(path)
     try:
         text = read_text(path)
-        return json.loads(text, object_pairs_hook=lambda pairs: _no_key_twice(pairs, path))
+        return json.loads(text, object_pairs_hook=lambda pairs: no_key_twice(pairs, path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from None
 
@@ -166,7 +166,8 @@ def split_of(folder: Path, split: str) -> str:
     return "train" if folder.name.endswith(pool_of("")) else split
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    """An object of a JSON file; ValueError for a key that it holds twice."""
     # json keeps the last of equal keys, which would drop a question without a word.
     keys = [key for key, _ in pairs]
     if len(set(keys)) != len(keys):

@@ -113,6 +113,8 @@ def _among(logprobs: Sequence[float], right: Sequence[bool]) -> Outcomes:
     if not logprobs:
         return {}
     highest = max(logprobs)
+    if highest == -math.inf:
+        return {}
     weights = [math.exp(value - highest) for value in logprobs]
     each = [weight / math.fsum(weights) for weight in weights]
     correct = math.fsum(value for value, is_right in zip(each, right, strict=True) if is_right)
@@ -132,12 +134,15 @@ def summary(
     rows: Sequence[Outcomes], groups: Sequence[str] | None, splits: Sequence[str]
 ) -> dict[str, Any]:
     """The `continuous` part of a task's row: each outcome's mean over the examples that have it,
-    splits weighing alike, and its standard error; `groups` as in `core.stats`."""
+    splits weighing alike, and its standard error, None of what is not finite; `groups` as in
+    `core.stats`."""
     means: dict[str, float | None] = {}
     errors: dict[str, float | None] = {}
     for name in OUTCOMES:
         pairs = [(at, value) for at, row in enumerate(rows) if (value := row[name]) is not None]
         values, own = [value for _, value in pairs], [splits[at] for at, _ in pairs]
+        if not all(map(math.isfinite, values)):  # a right answer that cannot be
+            values = []
         clusters = None if groups is None else [groups[at] for at, _ in pairs]
         means[name] = mean_by_split(values, own) if values else None
         errors[name] = standard_error(values, clusters, own) if values else None

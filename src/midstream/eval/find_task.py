@@ -31,6 +31,8 @@ from midstream.eval.text import SHARES, TextTask, manager, own_task, read_text_t
 
 # By the end of a name, what `datasets` calls it.
 _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# What splits are called.
+_SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 # A hub that does not answer for so long is not there.
 _HUB_SECONDS = 5.0
 
@@ -46,7 +48,7 @@ def harness_task(name: str, folder: Path) -> TextTask:
     paths = published_files(folder, name)
     if paths:
         return _published(name, paths)
-    entry = _entry(name)
+    entry = _entry(name, folder)
     # The paper's tasks are asked without examples in the prompt, others as they are described.
     settings = {"num_fewshot": 0} if name in HARNESS_TASKS else {}
     chance = TEXT_CHANCE[name][0] if name in TEXT_CHANCE else None
@@ -102,12 +104,23 @@ def _published(name: str, paths: tuple[Path, ...]) -> TextTask:
     return TextTask(name, chance, settings, local.docs, known.split, known.num_docs, departs)
 
 
-def _entry(name: str) -> Any:
+def _entry(name: str, folder: Path) -> Any:
     index = manager().task_index
     entry = index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, [*HARNESS_TASKS, *index], 1)
+        known = [*VISUAL_FORMATS, *HARNESS_TASKS, *index]
+        near = difflib.get_close_matches(name.lower(), known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if (
+            name.endswith(".yaml")
+            or own_text_file(folder, name).is_file()
+            or hub_folder(folder, name)
+        ):
+            hint = (
+                "; tasks of your own are text_tasks/<name>.jsonl (lines of query, choices and "
+                "gold) or bench/<name>/questions.jsonl, which the data's world.json lists "
+                "(docs/evaluation.md)"
+            )
         raise ValueError(f"no text task is called {name!r}{hint}")
     kind, described = entry.kind.name, entry.cfg or {}
     if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
@@ -125,12 +138,13 @@ def _split_files(
     """The files of a split and what kind they are: by their names, or by their folder's."""
     root = folder / configuration if configuration else folder
     found = map(Path, walk(root if root.is_dir() else folder))
-    data = [path for path in found if path.suffix in _KINDS and not is_note(path.name)]
+    data = [path for path in found if _kind(path) and not is_note(path.name)]
     called = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
     # "test-00000-of-00001.parquet" is of the split "test".
-    named = [path for path in data if re.split(r"[._-]", path.name.lower())[0] in called]
+    begins = {path: re.split(r"[._-]", path.name.lower())[0] for path in data}
+    named = [path for path in data if begins[path] in called]
     named = named or [path for path in data if path.parent.name in called]
-    if not named and len(data) == 1:
+    if not named and len(data) == 1 and not {begins[data[0]], data[0].parent.name} & _SPLITS:
         named = data
     if not named:
         there = ", ".join(str(path.relative_to(folder)) for path in data[:10]) or "no data file"
@@ -139,11 +153,15 @@ def _split_files(
             f"the data set's files there as its hub has them, such as {split}.parquet, .jsonl or "
             ".csv"
         )
-    kind, *others = {_KINDS[path.suffix] for path in named}
+    kind, *others = {_kind(path) or "" for path in named}
     if others:
         names = ", ".join(path.name for path in named[:5])
         raise ValueError(f"text task {name}: {folder} holds {split!r} in two forms ({names})")
     return kind, tuple(named)
+
+
+def _kind(path: Path) -> str | None:
+    return _KINDS.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
 def _data_sets(member: Any, changed: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
@@ -396,9 +414,14 @@ def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:
             )
         return str(kind), entry["chance"], visual_folder(world, name)
     if name not in VISUAL_FORMATS:
-        near = difflib.get_close_matches(name, [*VISUAL_FORMATS, *HARNESS_TASKS], 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(VISUAL_FORMATS)}"
-        raise ValueError(f"no visual benchmark is called {name!r}{hint}")
+        near = difflib.get_close_matches(name.lower(), [*VISUAL_FORMATS, *HARNESS_TASKS])
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if name in HARNESS_TASKS:
+            hint = "; it is a text task, which models alone are asked (midstream eval)"
+        raise ValueError(
+            f"no visual benchmark is called {name!r}{hint}; there are {', '.join(VISUAL_FORMATS)}; "
+            "another one's questions can be written down in format qa (docs/evaluation.md)"
+        )
     return name, VISUAL_FORMATS[name].chance, visual_folder(world, name)
 
 

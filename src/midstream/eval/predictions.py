@@ -1,191 +1,23 @@
-"""Other people's predictions: their files, matched to questions and scored without a model."""
+"""Other people's predictions, matched to questions and scored without a model."""
 
-import csv
-import io
 import itertools
-import json
-import math
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from midstream.eval.benchmark import score_visual
-from midstream.eval.benchmark_records import lines, plain_words, read_text
-from midstream.eval.find_task import VisualTask, read_visual_task
-from midstream.eval.scoring import cleaned
+from midstream.eval.benchmark_records import plain_words
+from midstream.eval.find_task import VisualTask, in_the_square, read_visual_task
+from midstream.eval.prediction_files import Prediction, read_predictions
 from midstream.eval.tasks import VisualExample
 
-# Keys that people use, in the order in which they are looked for.
-_IDS = ("question_id", "questionId", "example_id", "qid", "id", "index", "image")
-_ANSWERS = ("prediction", "pred", "response", "output", "model_output", "answer", "text")
-_QUESTIONS = ("prompt", "question", "query")
-_LINES = "give JSON lines of question_id and answer, or a table whose first line names its columns"
-_LAYOUTS = {
-    "JSON of answers": ("question_id", "answer"),
-    "GQA's JSON list": ("questionId", "prediction"),
-    "LLaVA's JSON lines": ("question_id", "prompt", "text"),
-    "vlm-evaluation's full-results.json": ("question_id", "question", "model_output"),
-    "lmms-eval's samples": ("doc_id", "doc", "filtered_resps"),
-    "VLMEvalKit's table": ("index", "question", "prediction"),
-}
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An answer of a predictions file, None where the file says that there is none.
-
-    `question` may be a whole prompt around it; `place` is its number in the order of the questions.
-    """
-
-    where: str
-    answer: str | None
-    name: str | None = None
-    question: str | None = None
-    place: int | None = None
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    """The answers of a file in any layout of docs/evaluation.md, in its order of the questions.
-
-    Raises ValueError with the line or the record that holds no answer, and the nearest layout.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a file of predictions")
-    found = [_prediction(record, where) for where, record in _records(path)]
-    if not found:
-        raise ValueError(f"{path} is empty; give a file of predictions")
-    if all(one.place is not None for one in found):
-        found.sort(key=lambda one: one.place or 0)
-    if len(found) > 1 and len({one.question for one in found}) == 1:
-        # One text for all of them is an instruction or a stand-in, and no question.
-        found = [replace(one, question=None) for one in found]
-    return found
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """What a file holds of each answer, and where it stands."""
-    if path.suffix == ".xlsx":
-        yield from _table(path, _excel_rows(path))
-        return
-    text = read_text(path).lstrip("\n\r")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if isinstance(value, dict) and not _is_record(value):
-        for key, answer in value.items():
-            record = answer if isinstance(answer, dict) else {"answer": answer}
-            yield f"{path} key {key!r}", {"question_id": key, **record}
-    elif isinstance(value, list):
-        yield from ((f"{path} record {i}", one) for i, one in enumerate(value))
-    elif value is not None:
-        yield f"{path} line 1", value
-    elif _is_record(dict.fromkeys(re.split("[\t,]", text.split("\n")[0].strip()))):
-        tabs = "\t" in text.split("\n")[0]
-        cells = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",")
-        yield from _table(path, cells)
-    else:
-        yield from ((one.where, one.value) for one in lines(path, _LINES))
-
-
-def _table(path: Path, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
-    """A table's rows as records; an empty cell and NaN say nothing."""
-    head, *body = rows
-    for number, row in enumerate(body, start=2):
-        if len(row) != len(head):
-            raise ValueError(
-                f"{path} row {number} has {len(row)} cells, the first row names {len(head)} "
-                "columns; put texts that hold line breaks or separators into quotes"
-            )
-    columns = [
-        [None if cell in ("", "nan", "NaN") else cell for cell in own]
-        for own in zip(*body, strict=True)
-    ]
-    for column in columns:
-        # pandas writes whole numbers so where one of a column is missing.
-        if all(cell is None or re.fullmatch(r"-?\d+\.0", str(cell)) for cell in column):
-            column[:] = [None if cell is None else str(cell)[:-2] for cell in column]
-    for number, cells in enumerate(zip(*columns, strict=True), start=2):
-        record = dict(zip(map(str, head), cells, strict=True))
-        if "index" in record:  # a table of VLMEvalKit's, whose answer is the right one
-            record.pop("answer", None)
-        yield f"{path} row {number}", record
-
-
-def _excel_rows(path: Path) -> list[Sequence[Any]]:
-    try:
-        import openpyxl
-    except ImportError:
-        told = f"{path} is an Excel table, which openpyxl reads; install that, or save it as .tsv"
-        raise ValueError(told) from None
-    sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).active
-    return list(sheet.iter_rows(values_only=True))
-
-
-def _is_record(value: dict[str, Any]) -> bool:
-    return any(key in value for key in (*_IDS, *_ANSWERS, "doc_id"))
-
-
-def _prediction(value: Any, where: str) -> Prediction:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is a {type(value).__name__}, not an object with an answer")
-    place = value.get("doc_id")
-    if "filtered_resps" in value:
-        # lmms-eval: what the filters made of the replies; the question's record is under "doc".
-        doc = value["doc"] if isinstance(value.get("doc"), dict) else {}
-        said = value["filtered_resps"]
-        asked = {key: doc[key] for key in (*_IDS, *_QUESTIONS) if key in doc}
-        value = asked | {"prediction": said[0] if isinstance(said, list) and said else said}
-    keys = [key for key in _ANSWERS if key in value]
-    # LLaVA's files hold the question under "prompt" and the answer under "text"; a question file
-    # with answers in it the question under "text" and the answer under "answer".
-    if keys == ["answer", "text"] and any(key in value for key in _QUESTIONS):
-        raise ValueError(
-            f"{where} has both an 'answer' and a 'text' beside its question, and one of them may "
-            "be the gold answer; put the prediction under 'prediction'"
-        )
-    if not keys:
-        raise ValueError(f"{where} has no answer, only {', '.join(value)}; {_nearest(value)}")
-    ids = [value[key] for key in _IDS if type(value.get(key)) in (str, int, float)]
-    name = next((_answer(one) for one in ids if isinstance(one, str) or math.isfinite(one)), None)
-    asked_under = _QUESTIONS if keys[0] != "answer" else (*_QUESTIONS, "text")
-    question = next((value[key] for key in asked_under if isinstance(value.get(key), str)), None)
-    try:
-        answer = _answer(value[keys[0]])
-    except ValueError:
-        raise ValueError(
-            f"{where} has {value[keys[0]]!r} under {keys[0]!r}, which is no answer; give one text, "
-            "one number, or the four numbers of a box"
-        ) from None
-    return Prediction(where, answer, name, question, place if isinstance(place, int) else None)
-
-
-def _nearest(value: dict[str, Any]) -> str:
-    """The known layout that a record is most like, and what it lacks of that."""
-    lacks = {name: [key for key in keys if key not in value] for name, keys in _LAYOUTS.items()}
-    name = min(_LAYOUTS, key=lambda name: len(lacks[name]) / len(_LAYOUTS[name]))
-    return f"nearest is {name} ({', '.join(_LAYOUTS[name])}): add {' and '.join(lacks[name])}"
-
-
-def _answer(value: Any) -> str | None:
-    """An answer's text as scorers get it, None for null and NaN; ValueError for what is none."""
-    if isinstance(value, list) and len(value) == 1:
-        return _answer(value[0])
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    parts = value if isinstance(value, list) and value else [value]
-    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in parts)
-    if isinstance(value, str):
-        return cleaned(value)
-    if not numbers or value in (math.inf, -math.inf):
-        raise ValueError("neither a text nor numbers")
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
+# What a chat template, or a model that thinks, leaves in an answer.
+_MARKUP = re.compile(r"</think>|</s>\s*$|<\|\w+\|>\s*$|<end_of_\w+>\s*$")
 _SHOWN = 3
 
 
@@ -197,21 +29,26 @@ def score_predictions(
     split: str | None = None,
     missing_as_wrong: bool = False,
     ignore_unknown: bool = False,
+    box_frame: str = "picture",
 ) -> dict[str, Any]:
     """Score a file of predictions on a benchmark whose official files are under `data`.
 
     The row of results.json that a model's answers would give, with `num_missing` and `notes`.
     Predictions belong to questions by id where ids name questions, else by their order; either way
     they are checked against the questions' words where the file has them. split: they answer this
-    split alone. With `ignore_unknown` those whose id no question has are left out and counted.
-    Pictures may be absent. Raises ValueError for questions without a prediction (with
-    `missing_as_wrong` they count as wrong), for predictions of no question or whose prompts ask
-    something else, for two of one question, and where it is not clear which split is meant.
+    split alone. box_frame: as in `config.Evaluation`. With `ignore_unknown` those whose id no
+    question has are left out and counted. Pictures may be absent. Raises ValueError for questions
+    without a prediction (with `missing_as_wrong` they count as wrong), for predictions of no
+    question or whose prompts ask something else, for two of one question, where it is not clear
+    which split is meant, and where none of the answers can be read.
     """
     task = read_visual_task(data, name, pictures=False, shuffled=False)
+    if box_frame == "square":
+        task = in_the_square(task)
     predictions, notes = read_predictions(path), []
     if ignore_unknown:
-        kept = [one for one in predictions if one.name is None or one.name in _names(task)]
+        known = _names(task)
+        kept = [one for one in predictions if one.name is None or _plain(one.name) in known]
         notes = [f"{len(predictions) - len(kept):,} predictions of no question here were left out"]
         predictions = kept
     splits = _splits(task)
@@ -220,14 +57,17 @@ def score_predictions(
             f"{task.name} has no split {split!r}; it has {', '.join(splits) or 'none'}"
         )
     if split is None and len(splits) > 1:
-        split = _likely_split(task, predictions, path, notes)
+        split = _likely_split(task, predictions, path, notes, whole=missing_as_wrong)
     if split is not None:
         task = replace(task, examples=tuple(splits[split]), num_all=len(splits[split]))
         notes.append(f"scored on split {split} alone")
     found = _by_id(task, predictions)
-    found = found if found is not None else _in_order(task, predictions)
     if found is None:
-        _no_match(task, predictions, path)
+        found = _in_order(task, predictions)
+        if found is None:
+            _no_match(task, predictions, path)
+        if _places(predictions) is not None:
+            notes.append("no question has these ids, which number them: matched by their order")
     pairs = [(found[e.example_id], e) for e in task.examples if e.example_id in found]
     _refuse_others(pairs, task, path)
     said = {name: one.answer for name, one in found.items() if one.answer is not None}
@@ -242,12 +82,46 @@ def score_predictions(
         )
     if missing:
         notes.append(f"{len(missing):,} questions without a prediction count as wrong")
+    empty = sum(not text for text in said.values())
+    if empty:
+        notes.append(f"{empty:,} of {len(said):,} answers are empty")
+    notes += _unread(task, [pair for pair in pairs if pair[0].answer is not None], path)
     row = score_visual(task, [said.get(example.example_id, "") for example in task.examples])
     return row | {"num_missing": len(missing), "notes": notes}
 
 
+def _unread(
+    task: VisualTask, pairs: Sequence[tuple[Prediction, VisualExample]], path: Path
+) -> list[str]:
+    """What is to be said of answers that the scorer cannot read, or not as they are meant;
+    ValueError where it can read none of several."""
+    notes = []
+    parse = task.format.parse
+    unread = [one for one, e in pairs if parse(one.answer or "", e) is None]
+    if unread:
+        told = f"{unread[0].where} has {_short(unread[0].answer or '')}; {task.format.reads}"
+        if len(unread) == len(pairs) > 1:
+            raise ValueError(f"{path}: none of its {len(pairs):,} answers can be read: {told}")
+        notes.append(
+            f"{len(unread):,} of {len(pairs):,} answers cannot be read and count as wrong: {told}"
+        )
+    marked = [one for one, _ in pairs if _MARKUP.search(one.answer or "")]
+    if marked:
+        notes.append(
+            f"{len(marked):,} of {len(pairs):,} answers hold a chat template's marks or a model's "
+            f"thoughts, and are scored so: {marked[0].where} has "
+            f"{_short(marked[0].answer or '')}; cut these off"
+        )
+    return notes
+
+
+def _plain(name: str | None) -> str | None:
+    """An id without regard to zeros before a number, which tables and integers lose."""
+    return name.lstrip("0") or "0" if name is not None and name.isdecimal() else name
+
+
 def _names(task: VisualTask) -> set[str | None]:
-    return {name for e in task.examples for name in (e.example_id, e.other_id)}
+    return {_plain(name) for e in task.examples for name in (e.example_id, e.other_id)}
 
 
 def _refuse_others(
@@ -284,13 +158,13 @@ def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, Pre
         return None
     by_name: dict[str | None, list[VisualExample]] = defaultdict(list)
     for example in task.examples:
-        for name in {example.example_id, example.other_id}:
+        for name in {_plain(example.example_id), _plain(example.other_id)}:
             by_name[name].append(example)
-    if any(prediction.name not in by_name for prediction in predictions):
+    if any(_plain(prediction.name) not in by_name for prediction in predictions):
         return None
     found: dict[str, Prediction] = {}
     for prediction in predictions:
-        own = by_name[prediction.name]
+        own = by_name[_plain(prediction.name)]
         if len(own) > 1:  # an id of a picture, or one that splits share
             own = [example for example in own if _asks(prediction, example)]
             own = [example for example in own if example.example_id not in found] or own
@@ -309,7 +183,12 @@ def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, 
     """Predictions by example, of a file with a line a question; splits may follow in any order."""
     if len(predictions) != len(task.examples):
         return None
-    named = any(prediction.name is not None for prediction in predictions)
+    numbers = _places(predictions)
+    if numbers is not None:
+        predictions = [
+            one for _, one in sorted(zip(numbers, predictions, strict=True), key=itemgetter(0))
+        ]
+    named = numbers is None and any(prediction.name is not None for prediction in predictions)
     worded = all(prediction.question is not None for prediction in predictions)
     if named and not worded:
         return None
@@ -324,19 +203,43 @@ def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, 
     return None
 
 
+def _places(predictions: Sequence[Prediction]) -> list[int] | None:
+    """The ids where they do nothing but number the predictions, from 0 or from 1."""
+    names = [one.name or "" for one in predictions]
+    if not all(name.isdecimal() for name in names):
+        return None
+    numbers = list(map(int, names))
+    first = min(numbers)
+    every = sorted(numbers) == list(range(first, first + len(numbers)))
+    return numbers if first in (0, 1) and every else None
+
+
 def _likely_split(
-    task: VisualTask, predictions: Sequence[Prediction], path: Path, notes: list[str]
+    task: VisualTask,
+    predictions: Sequence[Prediction],
+    path: Path,
+    notes: list[str],
+    *,
+    whole: bool,
 ) -> str | None:
-    """The only split that the predictions can be of; None where they are of all."""
+    """The only split that the predictions can be of; None where they are of all. `whole`: some may
+    be missing, so that ids of one split alone do not say that they are of it."""
     by_split = _splits(task)
     if len(predictions) > max(len(own) for own in by_split.values()):
         return None
-    named = [split for split in by_split if split in path.name]
-    if len(named) == 1:
+    names = {_plain(prediction.name) for prediction in predictions}
+    ids = {split: {_plain(e.example_id) for e in own} for split, own in by_split.items()}
+    hit = [split for split, own in ids.items() if own & names]
+    named = [
+        split
+        for split in by_split
+        if re.search(rf"(?<![a-z]){re.escape(split)}(?![a-z])", path.name)
+    ]
+    if len(named) == 1 and hit in ([], named):
         notes.append(f"the file's name says {named[0]}")
         return named[0]
-    if {prediction.name for prediction in predictions} & {e.example_id for e in task.examples}:
-        return None
+    if hit:
+        return hit[0] if not whole and ids[hit[0]] == names else None
     possible = [split for split, own in by_split.items() if _fits(own, predictions)]
     if len(possible) == 1:
         return possible[0]
@@ -350,8 +253,9 @@ def _likely_split(
 
 def _fits(examples: Sequence[VisualExample], predictions: Sequence[Prediction]) -> bool:
     """Whether predictions may be of these questions: by their ids, or by their order."""
-    by_id = {example.other_id: example for example in examples}
-    if all(one.name in by_id and _asks(one, by_id[one.name]) for one in predictions):
+    by_id = {_plain(example.other_id): example for example in examples}
+    ids = [_plain(one.name) for one in predictions]
+    if all(i in by_id and _asks(one, by_id[i]) for i, one in zip(ids, predictions, strict=True)):
         return True
     worded = [one.question is not None for one in predictions]
     unnamed = all(one.name is None for one in predictions)
@@ -371,7 +275,8 @@ def _asks(prediction: Prediction, example: VisualExample) -> bool:
 
 
 def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -> NoReturn:
-    unknown = [o for o in predictions if o.name is not None and o.name not in _names(task)]
+    names = _names(task)
+    unknown = [o for o in predictions if o.name is not None and _plain(o.name) not in names]
     if unknown and len(unknown) < len(predictions):
         raise ValueError(
             f"{unknown[0].where} answers question {unknown[0].name}, which {task.name} does not "

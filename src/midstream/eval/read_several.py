@@ -16,8 +16,9 @@ from midstream.eval.benchmark_records import (
     missing,
     split_of,
 )
+from midstream.eval.read_answers import choice_letter
 from midstream.eval.readers import Asked, reader
-from midstream.eval.scoring import LETTERS, choice_letter
+from midstream.eval.scoring import LETTERS
 
 # Mantis-Eval's own wordings.
 _MULTI_CHOICE = "Answer with the option's letter from the given choices directly."

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from midstream.eval.benchmark_records import (
@@ -205,7 +205,9 @@ def read_captions(folder: Path, look: Pictures) -> Asked:
         if not captions:
             record.refuse("it has no sentences")
         names = [f"{record.text('filepath')}/{name}", name] if "filepath" in record else [name]
-        yield record, VisualExample(name, _CAPTION, look.find(record, *names), captions)
+        other = record.identifier("cocoid") if "cocoid" in record else PurePath(name).stem
+        image = look.find(record, *names)
+        yield record, VisualExample(name, _CAPTION, image, captions, other_id=other)
 
 
 def _same_subset(*paths: Path) -> str:

@@ -183,6 +183,17 @@ def pope_numbers(predictions: Sequence[str], examples: Sequence[VisualExample]) 
     return found
 
 
+def pope_note(predictions: Sequence[str], examples: Sequence[VisualExample]) -> str | None:
+    """How many answers say neither, which POPE's rule counts as yes."""
+    unsaid = [text for text in predictions if not re.search(r"\b(yes|no|not)\b", text, re.I)]
+    if not unsaid:
+        return None
+    return (
+        f"{len(unsaid):,} answers say neither yes nor no, such as {unsaid[0][:40]!r}, which POPE's "
+        "rule counts as yes"
+    )
+
+
 def yes_no_scores(answers: list[str], golds: list[str]) -> Numbers:
     """POPE's numbers, "yes" being what is looked for: accuracy, precision, recall, F1, yes_rate.
 
@@ -200,23 +211,6 @@ def yes_no_scores(answers: list[str], golds: list[str]) -> Numbers:
         "f1": 2 * hits / (said + due) if hits else None,
         "yes_rate": said / len(pairs),
     }
-
-
-def choice_letter(text: str, num_choices: int = len(LETTERS)) -> int | None:
-    """Which option a text names: "B", "b", "(B)", "B.", "B: ..." or "B) ..." -> 1; else None.
-
-    A capital that merely begins a sentence names nothing.
-    """
-    found = re.match(r"\s*\(?([A-Za-z])\)?\s*(?:$|[.:),])", text)
-    if found is None:
-        return None
-    number = ord(found[1].upper()) - ord("A")
-    return number if number < num_choices else None
-
-
-def letter_accuracy(prediction: str, gold: Mapping[str, Any]) -> float:
-    """1 if the prediction names option `gold["index"]` of `gold["choices"]`."""
-    return float(choice_letter(prediction, len(gold["choices"])) == gold["index"])
 
 
 def word_accuracy(prediction: str, answer: str) -> float:

@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from midstream.eval import scoring
+from midstream.eval import read_answers, scoring
 from midstream.eval.benchmark_records import (
     Record,
     Shown,
@@ -94,9 +94,10 @@ class VisualFormat:
     """A benchmark's files, wording and metric, a row of benchmarks.toml; `{question}` stands in
     both prompts.
 
-    `parse` is None of an answer that the scorer cannot read, which is wrong and counted. `fixed`:
-    "answers", where a choice is made among the examples' `choices` (an example without any is
-    answered freely), "letters" where among the letters of these, None where answers are free.
+    `parse` is None of an answer that the scorer cannot read, which is wrong and counted; `reads`
+    says what it can. `fixed`: "answers", where a choice is made among the examples' `choices` (an
+    example without any is answered freely), "letters" where among the letters of these, None where
+    answers are free.
     `variants` are other people's scorers of the same answers, by whose they are. `corpus` scores
     all answers at once in place of `score`. `summarise` adds numbers over all examples; `note` says
     what is odd about a score, if anything.
@@ -115,7 +116,8 @@ class VisualFormat:
     variants: Mapping[str, Score] = field(default_factory=dict)
     summarise: Callable[[Sequence[str], Sequence[VisualExample]], Numbers] | None = None
     note: Callable[[Sequence[str], Sequence[VisualExample]], str | None] | None = None
-    parse: Callable[[str], Any] = str
+    parse: Callable[[str, VisualExample], Any] = lambda text, _: text
+    reads: str = ""
     corpus: Callable[[Sequence[str], Sequence[Any]], list[float]] | None = None
 
     def scores(self, texts: Sequence[str], golds: Sequence[Any]) -> list[float]:
@@ -153,7 +155,7 @@ class VisualFormat:
         return found | {kind: scoring.mean(values) for kind, values in sorted(by_kind.items())}
 
 
-_SCORERS = ("score", "summarise", "note", "parse", "corpus")
+_SCORERS = ("score", "summarise", "note", "corpus")
 
 
 def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
@@ -165,6 +167,9 @@ def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
         "official_prompt": BENCHMARKS["prompts"][row["official_prompt"]],
         "variants": {who: getattr(scoring, own) for who, own in row.get("variants", {}).items()},
     }
+    if "parse" in row:
+        changed |= {"parse": getattr(read_answers, row["parse"])}
+        changed |= {"reads": BENCHMARKS["reads"][row["parse"]]}
     for key, own in scorers.items():
         module = "" if "." in own else "scoring."
         changed[key] = resolve_name(f"midstream.eval.{module}{own}")

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,7 +73,7 @@ class TextResult:
     answers (a perplexity). A group has its own metrics, and its tasks' as "<task>.<metric>".
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     answers: tuple[TextAnswer, ...]
     metric: str
     higher_is_better: bool
@@ -272,6 +273,11 @@ def _result(
         split = leaf if leaf != key else ""
         answers += [_answer(by_doc[n], metric, average, split) for n in sorted(by_doc)]
         several += [len(one["arguments"]) for one in by_doc.values()]
+    if own[metric] is None:
+        raise ValueError(
+            f"text task {task.name}: its {metric} is no finite number, since the model finds a "
+            "text impossible; leave the task out"
+        )
     details = own | {
         f"{leaf}.{name}": value
         for leaf in leaves
@@ -291,13 +297,15 @@ def _result(
     )
 
 
-def _numbers(metrics: Mapping[str, Any], way: str) -> dict[str, float]:
-    """A row of the harness's table; what is read in another `way` has its own behind it."""
-    kept: dict[str, float] = {}
+def _numbers(metrics: Mapping[str, Any], way: str) -> dict[str, float | None]:
+    """A row of the harness's table, None of what is not finite; what is read in another `way` has
+    its own behind it."""
+    kept: dict[str, float | None] = {}
     for name, value in metrics.items():
         metric, _, read = name.partition(",")
         if read and not metric.endswith("_stderr") and isinstance(value, int | float):
-            kept[metric if read == way else f"{metric}.{read}"] = float(value)
+            number = float(value) if math.isfinite(value) else None
+            kept[metric if read == way else f"{metric}.{read}"] = number
     return kept
 
 

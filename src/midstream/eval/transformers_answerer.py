@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from midstream.core.digests import is_hidden, is_note
 from midstream.core.identity import file_sha256
 from midstream.data.images import decode
+from midstream.eval.answers import NotNumbers
 from midstream.eval.benchmark_records import Shot, Shown, all_pictures, places
 from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
 
@@ -271,10 +272,13 @@ class TransformersAnswerer:
 
     @torch.inference_mode()
     def check_texts(self) -> None:
-        """Raises ValueError for a model whose text sees what follows: likelihoods say nothing."""
+        """Raises ValueError for a model whose text sees what follows: likelihoods say nothing;
+        NotNumbers for one that gives NaN."""
         ids = self._encode("Is there a cat on the left of the dog?")
         rows = torch.tensor([ids, [*ids[:-1], ids[0]]], device=self.device)
         first, other = self.model(input_ids=rows).logits[:, :-1].float()
+        if first.isnan().any():
+            raise NotNumbers
         if not torch.allclose(first, other, atol=1e-2, rtol=1e-2):
             raise ValueError(
                 f"{self.name} reads texts in both directions ({self.config.model_type}), and knows "

@@ -6,21 +6,25 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from midstream.config import Evaluation, Machine
 from midstream.config.training import pool_of
 from midstream.core.identity import digest, hub_folders, kept_digests, listed_tasks, published_files
-from midstream.core.storage import read_json, remove_folder, write_json
+from midstream.core.storage import remove_folder, write_json
 from midstream.eval.answers import (
     ANSWERS_VERSION,
     BATCHES_AT_ONCE,
     EvaluationStopped,
     KeptAnswers,
+    NotNumbers,
     earlier_tasks,
+    results_of,
 )
 from midstream.eval.benchmark import evaluate
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS, Answerer
@@ -86,6 +90,26 @@ def _evaluate_one(name: str, request: EvaluateRequest, channel: Channel) -> dict
     # Two models may have one name, and one model may be asked in several ways.
     stem = Path(os.path.abspath(name)).name
     folder = request.out / f"{stem}-{digest(about)[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return _results(name, request, (answerer, data, evaluation), folder, about, channel)
+    except Timeout:
+        raise ValueError(
+            f"{folder} is being written by another evaluation; wait until it ends, or give another "
+            "--out"
+        ) from None
+
+
+def _results(
+    name: str,
+    request: EvaluateRequest,
+    asked: tuple[Answerer, Path, Evaluation],
+    folder: Path,
+    about: dict[str, Any],
+    channel: Channel,
+) -> dict[str, Any]:
+    answerer, data, evaluation = asked
     answers = KeptAnswers(
         answerer,
         folder / "answers",
@@ -105,7 +129,7 @@ def _evaluate_one(name: str, request: EvaluateRequest, channel: Channel) -> dict
     )
     row = {**results, "about": about}
     path = folder / "results.json"
-    if not path.is_file() or read_json(path) != row:
+    if results_of(path) != row:
         write_json(path, row)
     remove_folder(folder / "answers")
     kept = [
@@ -126,6 +150,8 @@ def _failures_named(name: str) -> Iterator[None]:
         yield
     except (EvaluationStopped, ValidationError):
         raise
+    except NotNumbers as error:
+        raise ModelFailed(f"{name}: {error}") from None
     except Exception as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         ours = frame.f_globals.get("__name__", "").startswith("midstream.")
@@ -191,7 +217,8 @@ def _asked(request: EvaluateRequest, data: Path) -> Evaluation:
     known = set(VISUAL_FORMATS) | set(text) | set(HARNESS_TASKS)
     unknown = [name for name in names if name not in chosen and name not in known]
     # The harness knows many more than stand here; a slip of the pen it would not find.
-    chosen += [name for name in unknown if difflib.get_close_matches(name, VISUAL_FORMATS, 1)]
+    near = partial(difflib.get_close_matches, possibilities=VISUAL_FORMATS, n=1)
+    chosen += [name for name in unknown if near(name.lower())]
     rest = [name for name in names if name not in chosen]
     return Evaluation.model_validate(
         {**request.evaluation, "visual_tasks": chosen, "text_tasks": rest}

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -54,6 +54,7 @@ class ScoreRequest(Request):
     split: str | None
     missing_as_wrong: bool
     ignore_unknown: bool
+    box_frame: Literal["picture", "square"]
     as_json: bool
 
 
@@ -198,6 +199,7 @@ def score_file(request: ScoreRequest, channel: Channel) -> None:
         split=request.split,
         missing_as_wrong=request.missing_as_wrong,
         ignore_unknown=request.ignore_unknown,
+        box_frame=request.box_frame,
     )
     if request.as_json:
         print(json.dumps(row, indent=2))
@@ -215,8 +217,6 @@ def score_file(request: ScoreRequest, channel: Channel) -> None:
     for name, value in {**row["splits"], **row["details"]}.items():
         table.add_row(name, "-" if value is None else f"{100 * value:.2f}")
     console.print(table)
-    if row["unparsable"]:
-        console.print(f"{row['unparsable']:,} answers cannot be read and count as wrong")
     for note in [*row["notes"], *([row["note"]] if row["note"] else [])]:
         console.print(note, soft_wrap=True, markup=False)
 

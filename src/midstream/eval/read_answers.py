@@ -1,0 +1,69 @@
+"""What a written answer says, where only some can be right: an option, True or False, a box.
+
+The functions that `benchmarks.toml` has under `parse` take an answer and its example, and are None
+of what the benchmark's scorer cannot read.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from midstream.eval.benchmark_records import VisualExample
+from midstream.eval.scoring import LETTERS, parse_box, plain_answer, word_accuracy
+
+_SAYS = r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*:?"
+_STARS = r"\*{0,2}\s*"
+# A letter in brackets or between asterisks stands for itself; a bare one where its clause ends.
+_LETTER = re.compile(
+    rf"\s*{_STARS}(?:{_SAYS}\s*{_STARS})?(?:option\s+)?"
+    r"(?:[(\[]([a-z])[)\]]|(?<=\*\*)([a-z])\*\*"
+    r"|[(\"']?([a-z])[\"']?\*{0,2}[^\S\n]*(?:$|[.:),\n]|[-–—]\s))",
+    re.IGNORECASE,
+)
+
+
+def choice_letter(text: str, num_choices: int = len(LETTERS)) -> int | None:
+    """Which option a text names by its letter: "B", "(b)", "B. two", "Answer: B" -> 1; else None.
+
+    A capital that merely begins a sentence names nothing.
+    """
+    found = _LETTER.match(text)
+    if found is None:
+        return None
+    number = ord(next(filter(None, found.groups())).upper()) - ord("A")
+    return number if number < num_choices else None
+
+
+def named_option(text: str, choices: Sequence[str]) -> int | None:
+    """Which option a text names by its letter, else by its whole text; None where by neither."""
+    index = choice_letter(text, len(choices))
+    if index is not None:
+        return index
+    said = [at for at, choice in enumerate(choices) if plain_answer(choice) == plain_answer(text)]
+    return said[0] if len(said) == 1 else None
+
+
+def letter_accuracy(prediction: str, gold: Mapping[str, Any]) -> float:
+    """1 if the prediction names option `gold["index"]` of `gold["choices"]`."""
+    return float(named_option(prediction, gold["choices"]) == gold["index"])
+
+
+def read_option(text: str, example: VisualExample) -> int | None:
+    """The number of the option that is named."""
+    return named_option(text, example.gold["choices"])
+
+
+def read_choice(text: str, example: VisualExample) -> str | None:
+    """The answer as it is compared; where there are choices it is one of them."""
+    said = plain_answer(text)
+    return said if not example.choices or said in map(plain_answer, example.choices) else None
+
+
+def read_statement(text: str, example: VisualExample) -> str | None:
+    """Which of the two choices (True, False) is said."""
+    return next((one for one in example.choices if word_accuracy(text, one)), None)
+
+
+def read_box(text: str, example: VisualExample) -> tuple[float, float, float, float] | None:
+    """The box [x1, y1, x2, y2] as shares of the picture."""
+    return parse_box(text)

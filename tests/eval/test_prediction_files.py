@@ -1,0 +1,209 @@
+"""The files that tools leave their answers in."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from midstream.eval.prediction_files import read_predictions
+
+READ = [("7", "red"), ("8", "2")]
+RECORDS = [{"question_id": 7, "answer": "red"}, {"question_id": 8, "answer": "2"}]
+
+
+def lines_of(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path, content: Any) -> list[tuple[str | None, str | None]]:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return [(one.name, one.answer) for one in read_predictions(path)]
+
+
+@pytest.mark.parametrize("key", ["results", "predictions", "logs"])
+def test_one_list_of_records_in_an_object_about_the_run_is_read(tmp_path: Path, key: str) -> None:
+    about = {"args": {"model": "m"}, "time": "now", "tasks": ["vqav2"]}
+    assert read(tmp_path / "p.json", {**about, key: RECORDS}) == READ
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"prompt": f"<image>{id}", "predict": text, "label": "x", "id": id} for id, text in READ],
+        [{"identifier": id, "prediction": text} for id, text in READ],
+        [{"doc": {"idx": id}, "filtered_resps": [text]} for id, text in READ],
+        [{"image_id": int(id), "caption": text} for id, text in READ],
+    ],
+)
+def test_ids_and_answers_stand_under_the_keys_of_other_tools(
+    tmp_path: Path, records: list[dict[str, Any]]
+) -> None:
+    assert read(tmp_path / "p.json", records) == READ
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "question_id;answer\n7;red\n8;2\n",
+        '"question_id","answer"\n"7","red"\n"8","2"\n',
+        "question_id, answer\r\n7,red\r\n8,2\r\n\r\n",
+        ",index,answer\n0,7,red\n1,8,2\n,,\n",
+        f"index\timage\tquestion\tanswer\tprediction\n7\t{'A' * 200_000}\t?\tgold\tred\n"
+        f"8\t{'B' * 200_000}\t?\tgold\t2\n",
+    ],
+)
+def test_tables_have_their_own_separators_quotes_and_empty_rows(tmp_path: Path, table: str) -> None:
+    assert read(tmp_path / "p.csv", table) == READ
+
+
+def test_a_parquet_table_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"example_id": [7, 8, 9], "prediction": ["red", "2", None]}), path)
+    assert [(one.name, one.answer) for one in read_predictions(path)] == [*READ, ("9", None)]
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"p\.parquet is no whole Parquet table"):
+        read_predictions(path)
+
+
+def test_a_broken_workbook_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_workbook(*_: Any, **__: Any) -> None:
+        raise KeyError("no item named '[Content_Types].xml'")
+
+    stand_in = SimpleNamespace(load_workbook=load_workbook)
+    monkeypatch.setitem(sys.modules, "openpyxl", stand_in)
+    (tmp_path / "p.XLSX").touch()
+    with pytest.raises(ValueError, match=r"p\.XLSX is no whole Excel table .*save it anew"):
+        read_predictions(tmp_path / "p.XLSX")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"7": "red", "8": "2", "7": "blue"}', "holds key '7' twice"),
+        (json.dumps(RECORDS, indent=1)[:-9], r"is not JSON \(line 8: .*was it written whole"),
+        ('[{"question_id": 7, "answ', r"is not JSON \(line 1: .*was it written whole"),
+        ([{"id": 7, "response": {"choices": [0] * 999}}], r"\[\.\.\.\] under 'response'"),
+        ("question_id,answer\n", "is empty"),
+    ],
+)
+def test_a_file_that_is_cut_or_says_two_things_is_refused(
+    tmp_path: Path, content: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        read(tmp_path / "p.json", content)
+    assert len(str(raised.value)) < 500 + len(str(tmp_path))
+
+
+def test_a_folder_of_parts_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder; give one file"):
+        read_predictions(tmp_path)
+
+
+def test_an_absent_an_empty_and_a_broken_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"p\.jsonl does not exist"):
+        read_predictions(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"p\.jsonl is empty"):
+        read_predictions(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"id": 1, "answer": "a"}\n{"id": 2, "ans')
+    with pytest.raises(ValueError, match=r"p\.jsonl line 2 is not JSON"):
+        read_predictions(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        (["yes"], "yes"),
+        ([["yes"]], "yes"),
+        (" yes\n", "yes"),
+        ([" yes\n"], "yes"),
+        (2, "2"),
+        (2.0, "2"),
+        (2.5, "2.5"),
+        ("2.0", "2.0"),
+        ([0.1, 0.2, 0.3, 0.4], "[0.1, 0.2, 0.3, 0.4]"),
+        (float("nan"), None),
+        ([float("nan")], None),
+        (None, None),
+    ],
+)
+def test_an_answer_is_cleaned_in_the_same_way_in_every_layout(
+    tmp_path: Path, answer: Any, read: str | None
+) -> None:
+    record = {"question_id": 1, "answer": answer}
+    layouts: dict[str, Any] = {
+        "line": record,
+        "list": [record],
+        "pretty": record,
+        "map": {"1": answer},
+        "vlm-evaluation": {"1": {"question_id": 1, "model_output": answer}},
+        "lmms-eval": {"doc_id": 0, "doc": {"question_id": 1}, "filtered_resps": [answer]},
+    }
+    for name, value in layouts.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(value, indent=2 if name == "pretty" else None))
+        assert [(one.name, one.answer) for one in read_predictions(path)] == [("1", read)], name
+
+
+@pytest.mark.parametrize("answer", [["yes", "no"], [], True, {}, float("inf"), [["a", 1]]])
+def test_what_is_no_answer_is_refused(tmp_path: Path, answer: Any) -> None:
+    file = lines_of(tmp_path / "answers.jsonl", [{"id": 1, "answer": answer}])
+    with pytest.raises(ValueError, match=r"line 1 has .* under 'answer', which is no answer; gi"):
+        read_predictions(file)
+
+
+def test_a_tables_whole_numbers_are_no_fractions_and_its_empty_cells_no_answers(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "counts.csv"
+    path.write_text("question_id,prediction\n1.0,2.0\n2.0,\n3.0,NaN\n4.0,-3.0\n")
+    read = [(one.name, one.answer) for one in read_predictions(path)]
+    assert read == [("1", "2"), ("2", None), ("3", None), ("4", "-3")]
+    path.write_text("question_id,prediction\n1,2.0\n2,None\n")
+    assert [one.answer for one in read_predictions(path)] == ["2.0", "None"]
+
+
+def test_an_excel_table_is_read_where_openpyxl_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "MODEL_GQA.xlsx"
+    path.touch()
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ValueError, match=r"which openpyxl reads; install that, or save it as"):
+        read_predictions(path)
+    rows = [("index", "answer", "prediction"), (100, "gold", "red"), (101, "gold", None)]
+    sheet = SimpleNamespace(iter_rows=lambda values_only: iter(rows))
+    stand_in = SimpleNamespace(load_workbook=lambda *_, **__: SimpleNamespace(active=sheet))
+    monkeypatch.setitem(sys.modules, "openpyxl", stand_in)
+    read = [(one.name, one.answer) for one in read_predictions(path)]
+    assert read == [("100", "red"), ("101", None)]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"doc_id": 0, "doc": {}, "resps": [["a"]]}, "lmms-eval's samples .*: add filtered_resps"),
+        ({"question_id": 1, "prompt": "?", "answer_id": 3}, r"LLaVA's JSON lines .*: add text"),
+        ({"question_id": 1, "question": "?"}, "vlm-evaluation's .*: add model_output"),
+        ({"questionId": 1}, "GQA's JSON list .*: add prediction"),
+    ],
+)
+def test_a_record_without_an_answer_is_told_the_nearest_layout(
+    tmp_path: Path, record: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"has no answer, only .*; nearest is {message}"):
+        read_predictions(lines_of(tmp_path / "p.jsonl", [record] * 2))
+
+
+def test_an_object_of_records_by_id_is_read(tmp_path: Path) -> None:
+    record = {"question": "Is it?", "model_output": "red", "ground_truth_answer": "blue"}
+    path = tmp_path / "full-results.json"
+    path.write_text(json.dumps({"1000": record}))
+    (one,) = read_predictions(path)
+    assert (one.name, one.answer, one.question) == ("1000", "red", "Is it?")

@@ -1,0 +1,107 @@
+"""What written answers say: options by letter and by text, True or False, yes or no."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midstream.eval.read_answers import (
+    choice_letter,
+    letter_accuracy,
+    named_option,
+    read_choice,
+    read_statement,
+)
+from midstream.eval.scoring import pope_note
+from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
+
+NAMING_B = (
+    *(
+        "B",
+        "b",
+        "(B)",
+        "[b]",
+        " B. two dogs",
+        "B: two",
+        "B)",
+        "(B",
+        "(B) two",
+        "'B'",
+        '"B"',
+        "**B**",
+    ),
+    *("**B** because", "B\nBecause it is.", "B - two", "Answer: B", "The answer is B.", "Option B"),
+    *("The correct answer is (B) two", "Answer: **B**", "**Answer:** B", "**Final answer: B**"),
+    "the correct answer is option b",
+)
+NAMING_NONE = (
+    *(
+        "Two dogs",
+        "The",
+        "A man",
+        "A dog.",
+        "E",
+        "",
+        "AB",
+        "(AB)",
+        "A's leaf",
+        "a-shaped",
+        "A or B",
+    ),
+    *("The answer is a dog.", "Answer", "answering A", "Both A and B", "I'm sure"),
+)
+
+
+@pytest.mark.parametrize("text", NAMING_B)
+def test_a_letter_is_an_answer(text: str) -> None:
+    assert choice_letter(text, 4) == 1
+
+
+@pytest.mark.parametrize("text", NAMING_NONE)
+def test_a_word_is_none(text: str) -> None:
+    assert choice_letter(text, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [("The Mouth.", 0), ("b", 1), ("2", 2), ("two", 2), ("eye socket", None), ("C", 2)],
+)
+def test_an_options_whole_text_names_it_where_no_letter_does(text: str, index: int | None) -> None:
+    options = ("mouth", "eye", "2")
+    assert named_option(text, options) == index
+    assert letter_accuracy(text, {"index": 0, "choices": options}) == float(index == 0)
+
+
+def test_equal_options_are_named_by_their_letters_alone() -> None:
+    assert named_option("dog", ("dog", "Dog", "cat")) is None
+    assert named_option("B", ("dog", "Dog", "cat")) == 1
+
+
+def example(gold: Any, *choices: str) -> VisualExample:
+    return VisualExample("1", "Is it?", Path("a.jpg"), gold, choices=choices)
+
+
+def test_a_statement_is_true_or_false_and_nothing_else() -> None:
+    about = example("True", "True", "False")
+    said = [read_statement(text, about) for text in ("true.", "FALSE", "yes", "1", "True, it is")]
+    assert said == ["True", "False", None, None, None]
+
+
+def test_an_answer_among_choices_is_one_of_them_once_normalised() -> None:
+    about = example(["yes"], "yes", "no")
+    assert [read_choice(text, about) for text in ("Yes.", "the no", "A")] == ["yes", "no", None]
+    assert read_choice("A", example(["a"])) == "a"
+
+
+def test_answers_that_pope_takes_for_yes_though_they_say_nothing_are_told() -> None:
+    examples = [example("yes", "Yes", "No")] * 3
+    assert pope_note(["Yes", "no.", "There is not."], examples) is None
+    assert "2 answers say neither yes nor no, such as 'B'" in str(
+        pope_note(["B", "nothing", "no"], examples)
+    )
+
+
+def test_what_can_be_read_is_said_wherever_answers_may_be_unreadable() -> None:
+    reads = {name: row.reads for name, row in VISUAL_FORMATS.items() if row.reads}
+    assert {"refcoco", "vsr", "nlvr2", "tallyqa", "ai2d", "blink", "muirbench", "qa"} <= set(reads)
+    assert all("is" in text.split() and "\n" not in text for text in reads.values())
