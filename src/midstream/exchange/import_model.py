@@ -32,6 +32,7 @@ from midstream.exchange.import_source import (
     locate,
     read_language_model,
     settle,
+    stated_of_tokenizer,
     summary,
 )
 from midstream.model.pretrained import with_vocabulary
@@ -228,7 +229,8 @@ def _import_decoder(
                 _write_encoder(folder / name, source, tower._replace(dropped=()))
     named = () if known is None else (f"known family: {known.family}",)
     told = (note for note in model.notes if sight is None or note != import_parts.LEFT_OUT)
-    remarks = _remarks(model.config, vocabulary, position)
+    own = None if request.tokenizer else stated_of_tokenizer(path).get("add_bos_token")
+    remarks = _remarks(model.config, vocabulary, position, own)
     return record, [*named, *source.notes, *told, *conflicts, *remarks]
 
 
@@ -262,8 +264,19 @@ def _with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
     return with_vocabulary(config, rows)
 
 
-def _remarks(config: AnyDecoderConfig, vocabulary: Vocabulary, position: Position) -> Iterator[str]:
+def _remarks(
+    config: AnyDecoderConfig,
+    vocabulary: Vocabulary,
+    position: Position,
+    adds_begin: bool | None,
+) -> Iterator[str]:
     codec = vocabulary.codec
+    if codec is not None and adds_begin not in (None, codec.begin_of_text is not None):
+        yield (
+            f"tokenizer_config.json says add_bos_token {json.dumps(adds_begin)}, the rule in "
+            "tokenizer.json otherwise; the rule is followed: where the model was trained by the "
+            "former, say so in the recipe (begin_of_text)"
+        )
     if vocabulary.behind:
         yield (
             f"the tokenizer has {', '.join(vocabulary.behind)} behind the model's last row; new "

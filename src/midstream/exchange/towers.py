@@ -196,7 +196,7 @@ def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:
                 f"{folder} is a DINOv3 with {name} {getattr(stated, name)!r}, which is not read; "
                 f"import one with {value!r}"
             )
-    (mean, std), told = TABLES["colours"][family], pictures(folder)
+    mean, std = _colours(pictures(folder), *TABLES["colours"][family])
     patch, width, dinov2 = stated.patch_size, stated.hidden_size, family == "dinov2"
     # NaFlex takes any grid; its positions are a square one.
     grid = family == "siglip2"
@@ -215,10 +215,30 @@ def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:
         ffn="swiglu" if gated else "mlp",
         hidden_act=stated.hidden_act,
         norm_eps=stated.layer_norm_eps,
-        pixel_mean=tuple(told.get("image_mean", mean)),
-        pixel_std=tuple(told.get("image_std", std)),
+        pixel_mean=mean,
+        pixel_std=std,
         **seen,
     )
+
+
+def _colours(told: dict[str, Any], *usual: list[float]) -> tuple[tuple[float, ...], ...]:
+    """Mean and standard deviation, by channel, of values from 0 to 1, which a processor's own may
+    not be: it scales bytes by `rescale_factor`, or leaves them, or does not normalise."""
+    mean, std = (
+        tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+        for value in (
+            told.get(name) or one
+            for name, one in zip(("image_mean", "image_std"), usual, strict=True)
+        )
+    )
+    if told.get("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    scale = 255.0
+    if told.get("do_rescale") is not False:
+        scale *= told.get("rescale_factor") or 1 / 255
+    if abs(scale - 1) < 1e-6:
+        return mean, std
+    return tuple(one / scale for one in mean), tuple(one / scale for one in std)
 
 
 def fitting(folder: Path) -> Literal["letterbox", "square", "crop"]:
