@@ -142,6 +142,9 @@ def test_what_writes_no_text_or_wants_its_own_code_is_refused_in_one_line(tmp_pa
     config = transformers.CLIPConfig()
     with pytest.raises(ValueError, match=r"is a clip, of which .* has no model that writes text"):
         open_weights("somebody/clip", config, "AutoModelForImageTextToText", {})
+    config.auto_map = {"AutoModel": "modeling_x.Y"}
+    with pytest.raises(ValueError, match=r"own code offers AutoModel, not AutoModelForImageT"):
+        open_weights("somebody/clip", config, "AutoModelForImageTextToText", {})
     folder = tmp_path / "model"
     folder.mkdir()
     edit(folder / "adapter_config.json", peft_type="LORA")

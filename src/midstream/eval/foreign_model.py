@@ -112,11 +112,13 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
     from safetensors import SafetensorError
 
     auto = getattr(transformers, kind)
-    known = type(config) in auto._model_mapping
-    if not known and kind not in (getattr(config, "auto_map", None) or {}):
+    known, own = type(config) in auto._model_mapping, getattr(config, "auto_map", None) or {}
+    if not known and kind not in own:
+        offers = f" (its own code offers {', '.join(own)}, not {kind})" if own else ""
         raise ValueError(
             f"{name} is a {config.model_type}, of which transformers {_version('transformers')} "
-            "has no model that writes text; name a language model or a vision-language model"
+            f"has no model that writes text{offers}; name a language model or a vision-language "
+            "model that has one"
         )
     try:
         model, told = auto.from_pretrained(

@@ -68,8 +68,13 @@ class TransformersAnswerer:
         mapped = getattr(self.config, "auto_map", None) or {}
         sees = getattr(self.config, "vision_config", None) is not None
         if not (sees or "AutoModelForImageTextToText" in mapped):
+            why = (
+                "its own code has no AutoModelForImageTextToText"
+                if mapped
+                else "is a language model"
+            )
             self._blind = (
-                f"{self.name} takes no pictures ({self.config.model_type} is a language model); "
+                f"{self.name} takes no pictures here ({self.config.model_type}: {why}); "
                 "ask it text tasks, or name a vision-language model"
             )
         else:

@@ -60,6 +60,7 @@ _QUANTISED = re.compile(
     r"\.(qweight|qzeros|absmax|SCB|weight_packed|weight_scale(_inv)?|quant_state\..*)$"
 )
 _UNMERGED = re.compile(r"\.(lora_[AB]|base_layer|lora_embedding_[AB])\b")
+_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -405,13 +406,23 @@ def merged(folder: Path) -> LanguageModel:
     whole = AutoModelForCausalLM.from_pretrained(
         here, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
+    file = next(
+        (one for one in folder.glob("adapter_model.*")), folder / "adapter_model.safetensors"
+    )
+    # One that was trained with further tokens brings whole embeddings of its own.
+    rows = {len(one) for name, one in read_tensors(file).items() if name.endswith(_EMBEDDINGS)}
+    if rows - {whole.config.vocab_size}:
+        whole.resize_token_embeddings(max(rows), mean_resizing=False)
     try:
-        model = PeftModel.from_pretrained(whole, folder).merge_and_unload()
+        adapted = PeftModel.from_pretrained(whole, folder)
+        if not hasattr(adapted, "merge_and_unload"):
+            raise ValueError(f"a {stated.get('peft_type')} adapter changes no weights")
+        model = adapted.merge_and_unload()
     except Exception as error:  # whatever peft's own code raises
-        why = (str(error).splitlines() or [""])[0]
+        why = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{folder} cannot be merged with {base}: {type(error).__name__}: {why}; merge it as it "
-            "was trained, and import what that writes"
+            f"{folder} cannot be merged with {base}: {why}; if it can be merged where it was "
+            "trained, import what that writes"
         ) from None
     config = describe(model.config)
     return LanguageModel(
