@@ -13,11 +13,12 @@ from tokenizers import Tokenizer
 
 from checkpoints import VOCAB_SIZE, build_tokenizer, save_checkpoint
 from midstream.data.examples import TextCodec
-from midstream.exchange.import_model import import_model
+from midstream.exchange.import_model import import_model, serve
 from midstream.exchange.import_source import ImportRequest
 from midstream.exchange.towers import read_encoder
 from midstream.model.weights import read_tensors
 from midstream.study.imported import ImportRecord
+from midstream.work.protocol import Channel
 from vision_checkpoints import save_tower
 
 Tensors = dict[str, torch.Tensor]
@@ -113,7 +114,10 @@ def test_shards_without_their_index_are_read_where_all_are_there(source: Path) -
 @pytest.mark.parametrize(
     ("file", "told"),
     [
-        ("m-Q4_K_M.gguf", r"holds GGUF \(m-Q4_K_M\.gguf\), which are not read; import the check"),
+        (
+            "m-Q4_K_M.gguf",
+            r"holds GGUF \(m-Q4_K_M\.gguf\) and no weights that are read; import the c",
+        ),
         ("consolidated.00.pth", "Meta's own files .* with -hf"),
         ("zero_to_fp32.py", r"DeepSpeed's shards .*; run its zero_to_fp32\.py"),
         ("fsdp_0/__0_0.distcp", r"distributed checkpoint of torch \(fsdp_0/.*accelerate merge"),
@@ -200,3 +204,25 @@ def test_pixels_are_scaled_as_the_towers_own_processor_scales_them(tmp_path: Pat
     edit(path, do_normalize=False, rescale_factor=1 / 255)
     config = read_encoder(folder).config
     assert (config.pixel_mean, config.pixel_std) == ((0.0,) * 3, (1.0,) * 3)
+    edit(path, image_std=[0.5, 0.0, 0.5])
+    with pytest.raises(ValueError, match=r"has image_std .*; give three, std above 0"):
+        read_encoder(folder)
+    edit(path, image_std=[0.5], do_normalize=True)
+    assert read_encoder(folder).config.pixel_std == (0.5,) * 3
+
+
+def test_quantised_towers_and_an_error_of_the_library_are_one_line(tmp_path: Path) -> None:
+    folder = save_tower("siglip", tmp_path / "tower")
+    held = load_file(folder / "model.safetensors")
+    name = next(one for one in held if one.endswith("q_proj.weight"))
+    store(folder, held | {name: held[name].to(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match=r"q_proj\.weight as float8_e4m3fn; import the checkpoint"):
+        read_encoder(folder)
+    store(folder, held)
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ValueError, match=r"has quantization_config .*; import the checkpoint"):
+        read_encoder(folder)
+    edit(folder / "config.json", quantization_config=None, hidden_act="nonsense")
+    request = ImportRequest(source=str(folder), out=tmp_path / "out")
+    with pytest.raises(ValueError, match="tower cannot be imported: KeyError: 'nonsense'"):
+        serve(request, Channel(None))

@@ -204,8 +204,8 @@ def check_downloaded(folder: Path, *, needed: str | None) -> None:
             for other in sorted(folder.glob(pattern))[-1:]:
                 shown = other.parent if other.name == "config.json" else other
                 raise FileNotFoundError(
-                    f"{folder} holds {what} ({shown.relative_to(folder)}), which are not read; "
-                    f"{remedy}"
+                    f"{folder} holds {what} ({shown.relative_to(folder)}) and no weights that are "
+                    f"read; {remedy}"
                 )
     kinds = (".json", ".safetensors", ".bin")
     broken = sorted(
@@ -264,6 +264,7 @@ def read_decoder(folder: Path) -> LanguageModel:
     stored, notes = unwrapped(
         read_tensors(folder), lambda name: decoder.parameter_name(name) in known, path=folder
     )
+    check_plain(stored, stated, folder)
     tensors = decoder_tensors(config, stored, folder)
     # Under the library's names, which are the file's.
     theirs = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
@@ -277,6 +278,27 @@ def read_decoder(folder: Path) -> LanguageModel:
     return LanguageModel(config, tensors, tuple(dropped), notes)
 
 
+def check_plain(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
+    """ValueError, with what to do, for weights that are quantised, or have an adapter beside them.
+
+    `config` is the library's.
+    """
+    method = getattr(config, "quantization_config", None)
+    remedy = "import the checkpoint in float32, bfloat16 or float16, not quantised"
+    if method is not None:
+        raise ValueError(f"{folder / 'config.json'} has quantization_config {method}; {remedy}")
+    for name, value in tensors.items():
+        if _UNMERGED.search(name):
+            raise ValueError(
+                f"{folder} holds an adapter that is not merged with its weights ({name}); save "
+                "what peft's merge_and_unload() gives, and import that"
+            )
+        plain = value.dtype in _WIDENED or not name.endswith(".weight")
+        if _QUANTISED.search(name) or not plain:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"{folder} holds {name} as {kind}; {remedy}")
+
+
 def _check_kept(
     decoder: TransformersDecoder, tensors: Mapping[str, Tensor], folder: Path
 ) -> str | None:
@@ -285,17 +307,6 @@ def _check_kept(
     Raises ValueError, with what to do, for what is often amiss with a folder that was saved
     otherwise than whole; names are the library's.
     """
-    for name, value in tensors.items():
-        if _UNMERGED.search(name):
-            raise ValueError(
-                f"{folder} holds an adapter that is not merged with its weights ({name}); save "
-                "what peft's merge_and_unload() gives, and import that"
-            )
-        if _QUANTISED.search(name) or value.dtype not in _WIDENED:
-            raise ValueError(
-                f"{folder} holds {name} as {str(value.dtype).removeprefix('torch.')}; import the "
-                "checkpoint that was not quantised, in float32, bfloat16 or float16"
-            )
     names = {id(module): f"{name}.weight" for name, module in decoder.model.named_modules()}
     head, embedding = names[id(decoder.output)], names[id(decoder.model.get_input_embeddings())]
     config, told = decoder.config, folder / "config.json"

@@ -5,6 +5,7 @@ It is written whole or not at all, after everything has been read.
 
 import hashlib
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,7 +148,19 @@ def serve(request: ImportRequest, channel: Channel) -> None:
     # What it would say of a checkpoint's names, or draw as bars, is said below.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    record, notes = import_model(request)
+    try:
+        record, notes = import_model(request)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("midstream."):
+            raise
+        # A library's own code, on behalf of this checkpoint.
+        told = " ".join(str(error).split())
+        raise ValueError(
+            f"{request.source} cannot be imported: {type(error).__name__}: {told}"
+        ) from error
     print("\n".join(summary(request.out, record, notes)))
 
 
