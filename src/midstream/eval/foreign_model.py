@@ -120,6 +120,10 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
             f"has no model that writes text{offers}; name a language model or a vision-language "
             "model that has one"
         )
+    logging = transformers.logging
+    verbosity = logging.get_verbosity()
+    # What it would say of missing tensors in a table is said below.
+    logging.set_verbosity_error()
     try:
         model, told = auto.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -128,6 +132,8 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
         raise ValueError(
             f"{name}: a weight file is broken ({error}); was it downloaded to its end?"
         ) from None
+    finally:
+        logging.set_verbosity(verbosity)
     wrong = [
         f"{key} is {list(file)}, not {list(own)}" for key, file, own in told["mismatched_keys"]
     ]
