@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 import peer_checkpoints
 from answerers import chosen, written
 from midstream.data.images import decode
-from midstream.eval import transformers_answerer
+from midstream.eval import foreign_model
+from midstream.eval.foreign_model import digest_of
 from midstream.eval.tasks import reply_tokens
 from midstream.eval.transformers_answerer import TransformersAnswerer, _turn
-from midstream.eval.transformers_answerer import _digest as digest_of
 
 Folders = Callable[[str], Path]
 PROMPTS = ["Is there a cat in the image?", "What colour is it? Answer with a single word.", "A"]
@@ -370,7 +370,7 @@ def test_versions_that_change_answers_count(folder: Path, monkeypatch: pytest.Mo
     before = digest_of(folder, CONFIG, torch.float32)
     assert digest_of(folder, CONFIG, torch.bfloat16) != before
     monkeypatch.setattr(
-        transformers_answerer, "version", lambda name: {"transformers": "99"}.get(name, "1")
+        foreign_model, "version", lambda name: {"transformers": "99"}.get(name, "1")
     )
     assert digest_of(folder, CONFIG, torch.float32) != before
 

@@ -146,6 +146,7 @@ def test_an_adapter_is_merged_by_peft_where_that_is_installed(
         @classmethod
         def from_pretrained(cls, model: nn.Module, folder: Path) -> "Merging":
             assert (folder / "adapter_model.safetensors").is_file()
+            assert model.get_parameter("lm_head.weight").shape == (rows, 32)
             return cls(model)
 
         def merge_and_unload(self) -> nn.Module:
@@ -157,15 +158,26 @@ def test_an_adapter_is_merged_by_peft_where_that_is_installed(
     peft.__spec__ = ModuleSpec("peft", None)
     peft.PeftModel = Merging  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "peft", peft)
-    base = save_checkpoint("llama", tmp_path / "base")
-    record, notes = bring(save_adapter(tmp_path / "lora", str(base)), tmp_path / "out")
-    assert f"merged with {base} by peft" in notes
+    save_checkpoint("llama", tmp_path / "base")
+    source, rows = save_adapter(tmp_path / "lora", "../base"), VOCAB_SIZE
+    record, notes = bring(source, tmp_path / "out")
+    assert "merged with ../base by peft" in notes
     assert record.vocabulary is not None
     assert record.vocabulary["added"]
     held = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     theirs = build_model("llama").state_dict()[name]
     assert torch.equal(held[f"decoder.model.{name}"], theirs + 1)
+    # One that was trained with further tokens has whole embeddings.
+    rows = VOCAB_SIZE + 5
+    further = {"base_model.model.lm_head.weight": torch.zeros(rows, 32)}
+    save_file(further, source / "adapter_model.safetensors")
+    assert bring(source, tmp_path / "out")[0].vocabulary["rows_before"] == rows  # type: ignore[index]
+    del Merging.merge_and_unload
+    with pytest.raises(
+        ValueError, match=r"cannot be merged with \.\./base: a LORA adapter changes"
+    ):
+        bring(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,9 @@ class TextCodec:
         # A file may carry its model's own cut and padding; examples are whole and as they are.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # Merges left out at random would make other ids of a text each time.
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
         # Marks of special tokens inside data are read as plain text, never as the tokens.
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer

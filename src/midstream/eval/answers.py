@@ -27,7 +27,7 @@ from midstream.eval.tasks import Answerer, Images, Limits, Lists, Reply, Texts
 from midstream.eval.text import TextTask
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
-ANSWERS_VERSION = 3
+ANSWERS_VERSION = 4
 # Batches handed to the model at a time: it may sort within them, and stops and reports between.
 BATCHES_AT_ONCE = 8
 Progress = Callable[[float, str], None]

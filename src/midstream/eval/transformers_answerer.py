@@ -3,23 +3,25 @@
 Prompts are what the model's own processor makes of a conversation by its chat template.
 """
 
-import hashlib
 import inspect
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 
-from midstream.core.digests import is_hidden, is_note
-from midstream.core.identity import file_sha256
 from midstream.data.images import decode
 from midstream.eval.answers import NotNumbers
 from midstream.eval.benchmark_records import Shot, Shown, all_pictures, places
+from midstream.eval.foreign_model import (
+    digest_of,
+    open_config,
+    open_processor,
+    open_weights,
+    without_thoughts,
+)
 from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
 
 # Made by some processors for models that do not take them, or for training alone.
@@ -45,77 +47,47 @@ class TransformersAnswerer:
         self.name, self.device = name, device
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         trusted = {"trust_remote_code": trust_remote_code}
-        self.config = self._open_config(trusted)
+        self.config = open_config(name, trusted)
         # Why it cannot be asked about pictures.
         self._blind: str | None = None
         self.processor, self.tokenizer, self.model = self._open(trusted)
         self.model = self.model.to(device).eval()
         self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        held, rows = self.tokenizer.pad_token_id, len(self.model.get_input_embeddings().weight)
+        # Padding is masked: any token with a row will do.
+        if held is None or held >= rows:
+            first = self.tokenizer.convert_ids_to_tokens(0)
+            self.tokenizer.pad_token = self.tokenizer.eos_token or first
         self._checked = False
-        self.weights_digest = _digest(Path(name), self.config, self.model.dtype)
-
-    def _open_config(self, trusted: dict[str, bool]) -> Any:
-        from transformers import AutoConfig
-
-        folder = Path(self.name)
-        try:
-            if folder.is_dir() and not (folder / "config.json").is_file():
-                raise FileNotFoundError("a folder without one")
-            return AutoConfig.from_pretrained(self.name, **trusted)
-        except OSError as error:
-            told = str(error).split("\n")[0]
-            raise FileNotFoundError(
-                f"{self.name} does not exist or holds no config.json, and the hub gives no such "
-                f"model ({told}); give a model's whole folder, or its name on the hub"
-            ) from None
+        self.weights_digest = digest_of(Path(name), self.config, self.model.dtype)
 
     def _open(self, trusted: dict[str, bool]) -> tuple[Any, Any, Any]:
         import transformers
 
         options = {**trusted, "dtype": torch.float32 if self.device.type == "cpu" else "auto"}
-        processor, kind = None, transformers.AutoModelForCausalLM
+        processor, kind = None, "AutoModelForCausalLM"
         mapped = getattr(self.config, "auto_map", None) or {}
         sees = getattr(self.config, "vision_config", None) is not None
         if not (sees or "AutoModelForImageTextToText" in mapped):
+            why = (
+                "its own code has no AutoModelForImageTextToText"
+                if mapped
+                else "is a language model"
+            )
             self._blind = (
-                f"{self.name} takes no pictures ({self.config.model_type} is a language model); "
+                f"{self.name} takes no pictures here ({self.config.model_type}: {why}); "
                 "ask it text tasks, or name a vision-language model"
             )
         else:
-            kind = transformers.AutoModelForImageTextToText
+            kind = "AutoModelForImageTextToText"
             try:
-                processor = self._open_processor(trusted)
+                processor = open_processor(self.name, trusted)
             except ValueError as error:  # texts need none
                 self._blind = f"{error}, or ask it text tasks alone"
-        model = kind.from_pretrained(self.name, **options)
+        model = open_weights(self.name, self.config, kind, options)
         if processor is not None:
             return processor, processor.tokenizer, model
         return None, transformers.AutoTokenizer.from_pretrained(self.name, **trusted), model
-
-    def _open_processor(self, trusted: dict[str, bool]) -> Any:
-        import transformers
-
-        lacks = "that can be opened"
-        try:
-            processor = transformers.AutoProcessor.from_pretrained(self.name, **trusted)
-            if isinstance(processor, transformers.ProcessorMixin):
-                return processor
-            lacks = f"but a {type(processor).__name__}"
-        except Exception as error:  # whatever a processor's own code raises
-            told = " ".join(str(error).split())
-            lacks += f" ({told})"
-            absent = not transformers.utils.is_torchvision_available()
-            if absent and any(word in told.lower() for word in ("torchvision", "video")):
-                raise ValueError(
-                    f"{self.name}: its processor needs torchvision, which is not installed; "
-                    "pip install torchvision"
-                ) from None
-        raise ValueError(
-            f"{self.name} has weights and no processor {lacks}; put its processor_config.json or "
-            "preprocessor_config.json beside the weights"
-        )
 
     def check_pictures(self) -> None:
         """Raises ValueError, with what to do, for a model that cannot be asked about pictures: it
@@ -171,17 +143,17 @@ class TransformersAnswerer:
         return replies
 
     def _write(self, prompts: Texts, images: Images) -> list[str]:
-        """Greedy answers, one a prompt."""
+        """Greedy answers, one a prompt; thoughts (`<think>`) before them are left out."""
         texts = [""] * len(prompts)
         for part in self._parts(images):
             inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
             found = self.model.generate(
-                **inputs, do_sample=False, max_new_tokens=self.max_new_tokens
+                **inputs, **self._stops, do_sample=False, max_new_tokens=self.max_new_tokens
             )
             new = found[:, inputs["input_ids"].shape[1] :]
             told = self.tokenizer.batch_decode(new, skip_special_tokens=True)
             for i, text in zip(part, told, strict=True):
-                texts[i] = text.strip()
+                texts[i] = without_thoughts(text)
         return texts
 
     def _likely(
@@ -223,6 +195,7 @@ class TransformersAnswerer:
             do_sample=False,
             num_beams=1,
             max_new_tokens=max(map(len, replies)),
+            stop_strings=None,
             prefix_allowed_tokens_fn=only,
             output_logits=True,
             return_dict_in_generate=True,
@@ -318,6 +291,7 @@ class TransformersAnswerer:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            **self._template,
             **options,
         )
         floats = {"dtype": self.model.dtype} if self.processor is not None else {}
@@ -325,6 +299,18 @@ class TransformersAnswerer:
         return {
             key: value for key, value in moved.items() if key in self._taken or key not in _UNASKED
         }
+
+    @cached_property
+    def _stops(self) -> dict[str, Any]:
+        """What texts that end an answer need, where generation_config.json names any."""
+        told = getattr(getattr(self.model, "generation_config", None), "stop_strings", None)
+        return {"tokenizer": self.tokenizer} if told else {}
+
+    @cached_property
+    def _template(self) -> dict[str, Any]:
+        """What the template is told: where it can, to ask for an answer without thoughts."""
+        held = getattr(self.processor or self.tokenizer, "chat_template", None)
+        return {"enable_thinking": False} if "enable_thinking" in str(held) else {}
 
     @cached_property
     def _taken(self) -> set[str]:
@@ -360,7 +346,7 @@ class TransformersAnswerer:
         teller = self.processor or self.tokenizer
         try:
             text = teller.apply_chat_template(
-                conversation, add_generation_prompt=asks, tokenize=False
+                conversation, add_generation_prompt=asks, tokenize=False, **self._template
             )
         except (TemplateError, TypeError) as error:
             raise ValueError(
@@ -404,29 +390,3 @@ def _turn(
         content.append({"type": "image", **picture})
         done = place
     return {"role": role, "content": [*content, {"type": "text", "text": text[done:]}]}
-
-
-def _digest(folder: Path, config: Any, dtype: torch.dtype) -> str:
-    """Stands for what answers depend on: all files of a folder, or the commit on the hub."""
-    # torch is left out: its versions differ in last bits alone.
-    found = [f"{name} {_version(name)}" for name in ("transformers", "tokenizers", "torchvision")]
-    found += [f"pillow {_version('pillow')}", str(dtype)]
-    if any("--" in str(place) for place in (getattr(config, "auto_map", None) or {}).values()):
-        found.append(type(config).__module__)  # code of another repository, with its commit
-    if folder.is_dir():
-        below = [*folder.glob("*"), *folder.rglob("*.py"), *folder.glob("*/*.jinja")]
-        for path in sorted({path for path in below if path.is_file()}):
-            name = path.relative_to(folder)
-            if not any(map(is_hidden, name.parts)) and not is_note(path.name):
-                found.append(f"{name.as_posix()} {file_sha256(path)}")
-    else:
-        # Where no commit is known, nothing that was asked before is known to be the same.
-        found.append(f"hub {getattr(config, '_commit_hash', None) or os.urandom(16).hex()}")
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"

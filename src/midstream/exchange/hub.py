@@ -30,6 +30,38 @@ _WRAPPERS = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
 ADAPTER = "adapter_config.json"
+# What a folder may hold in place of weights that are read: what it is, and what helps.
+_OTHERS = {
+    "*.gguf": ("GGUF", "import the checkpoint that it was made of, which its model card names"),
+    "consolidated*.pth": ("Meta's own files", "get the repository that has the name with -hf"),
+    "consolidated*.safetensors": (
+        "Mistral's own files",
+        "get the repository's model*.safetensors and config.json",
+    ),
+    "tf_model.h5": ("TensorFlow's weights", "get the repository's safetensors or .bin"),
+    "flax_model.msgpack": ("Flax's weights", "get the repository's safetensors or .bin"),
+    "zero_to_fp32.py": (
+        "DeepSpeed's shards",
+        "run its zero_to_fp32.py, which writes whole weights",
+    ),
+    "**/*.distcp": (
+        "a distributed checkpoint of torch",
+        "make model.safetensors of it with: accelerate merge-weights",
+    ),
+    "open_clip_*": (
+        "open_clip's files",
+        "get the tower as transformers saves it, such as openai/clip-vit-large-patch14",
+    ),
+    "checkpoint-*/config.json": ("checkpoints of a trainer", "give one of them"),
+    "snapshots/*/config.json": ("a model of the hub's cache", "give its snapshot, or its name"),
+}
+# Names that quantised weights have, and adapters that were not merged.
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|absmax|SCB|weight_packed|weight_scale(_inv)?|quant_state\..*)$"
+)
+_UNMERGED = re.compile(r"\.(lora_[AB]|base_layer|lora_embedding_[AB])\b")
+_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
+_WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -166,6 +198,25 @@ def check_downloaded(folder: Path, *, needed: str | None) -> None:
                     f"{folder} holds a pointer of Git LFS in place of {item.name}; get the files "
                     "with: git lfs pull"
                 )
+    weights = any(folder.glob("*model*.safetensors*")) or any(folder.glob("*model*.bin*"))
+    if needed is not None and not ((folder / needed).is_file() and weights):
+        for pattern, (what, remedy) in _OTHERS.items():
+            for other in sorted(folder.glob(pattern))[-1:]:
+                shown = other.parent if other.name == "config.json" else other
+                raise FileNotFoundError(
+                    f"{folder} holds {what} ({shown.relative_to(folder)}) and no weights that are "
+                    f"read; {remedy}"
+                )
+    kinds = (".json", ".safetensors", ".bin")
+    broken = sorted(
+        one.name
+        for one in folder.iterdir()
+        if one.suffix in kinds and one.is_symlink() and not one.exists()
+    )
+    if broken:
+        raise FileNotFoundError(
+            f"{folder} is half downloaded: {', '.join(broken)} point to files that are not there"
+        )
     if needed is not None and not (folder / needed).is_file():
         held = ", ".join(sorted(os.listdir(folder))) or "nothing"
         raise FileNotFoundError(
@@ -195,21 +246,93 @@ def read_decoder(folder: Path) -> LanguageModel:
     """A causal language model of `transformers`; tensors keep the file's dtype.
 
     Raises FileNotFoundError or ValueError as `describe` and `read_tensors` do, and naming tensors
-    that are missing, unexpected or of another shape.
+    that are missing, unexpected, packed or of another shape.
     """
-    config = describe(read_config(folder))
+    stated = read_config(folder)
+    try:
+        config = describe(stated)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the library's own code raises
+        raise ValueError(
+            f"{folder / 'config.json'}: transformers can make no model of it "
+            f"({type(error).__name__}: {error})"
+        ) from None
     with torch.device("meta"):
         decoder = TransformersDecoder(config)
     known = decoder.state_dict().keys()
     stored, notes = unwrapped(
         read_tensors(folder), lambda name: decoder.parameter_name(name) in known, path=folder
     )
+    check_plain(stored, stated, folder)
     tensors = decoder_tensors(config, stored, folder)
     # Under the library's names, which are the file's.
     theirs = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+    again = _check_kept(decoder, theirs, folder)
     check(decoder.model, theirs, path=folder)
+    tensors = {name: one for name, one in tensors.items() if name.removeprefix(PREFIX) != again}
     dropped = sorted(name for name in stored if decoder.parameter_name(name) is None)
+    if getattr(stated, "auto_map", None):
+        own = f"config.json names code of its own, which is not run: {config.model_type} is read"
+        notes = (*notes, f"{own} as transformers has it")
     return LanguageModel(config, tensors, tuple(dropped), notes)
+
+
+def check_plain(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
+    """ValueError, with what to do, for weights that are quantised, or have an adapter beside them.
+
+    `config` is the library's.
+    """
+    method = getattr(config, "quantization_config", None)
+    remedy = "import the checkpoint in float32, bfloat16 or float16, not quantised"
+    if method is not None:
+        raise ValueError(f"{folder / 'config.json'} has quantization_config {method}; {remedy}")
+    for name, value in tensors.items():
+        if _UNMERGED.search(name):
+            raise ValueError(
+                f"{folder} holds an adapter that is not merged with its weights ({name}); save "
+                "what peft's merge_and_unload() gives, and import that"
+            )
+        plain = value.dtype in _WIDENED or not name.endswith(".weight")
+        if _QUANTISED.search(name) or not plain:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"{folder} holds {name} as {kind}; {remedy}")
+
+
+def _check_kept(
+    decoder: TransformersDecoder, tensors: Mapping[str, Tensor], folder: Path
+) -> str | None:
+    """The name of an output layer that is the embeddings once more, if one is stored.
+
+    Raises ValueError, with what to do, for what is often amiss with a folder that was saved
+    otherwise than whole; names are the library's.
+    """
+    names = {id(module): f"{name}.weight" for name, module in decoder.model.named_modules()}
+    head, embedding = names[id(decoder.output)], names[id(decoder.model.get_input_embeddings())]
+    config, told = decoder.config, folder / "config.json"
+    if embedding not in tensors:
+        return None
+    rows = len(tensors[embedding])
+    if rows != config.vocab_size:
+        raise ValueError(
+            f"{folder} has rows for {rows:,} tokens, its config.json says vocab_size "
+            f"{config.vocab_size:,}; set vocab_size to {rows} in {told}"
+        )
+    if head not in tensors and not config.tied_embeddings:
+        raise ValueError(
+            f"{folder} has no output layer ({head}), and its config.json does not tie it to the "
+            f"embeddings. Where it is tied, set tie_word_embeddings to true in {told}; else this "
+            "is a part of a language model (a base class, a classifier): import the whole one"
+        )
+    if head not in tensors or not config.tied_embeddings:
+        return None
+    one, other = (tensors[name].to(torch.float32) for name in (head, embedding))
+    if not torch.equal(one, other):
+        raise ValueError(
+            f"{folder} ties {head} to {embedding}, and its files hold two that differ; set "
+            f"tie_word_embeddings to false in {told}"
+        )
+    return head
 
 
 def decoder_tensors(
@@ -284,13 +407,34 @@ def merged(folder: Path) -> LanguageModel:
         ) from None
     from transformers import AutoModelForCausalLM
 
-    here = Path(base).expanduser()
-    if not here.is_dir():
-        here = fetch(base, stated.get("revision"))
+    # A folder's path may be said from here, or from where the adapter lies.
+    places = (Path(base).expanduser(), folder / base)
+    here = next((one for one in places if one.is_dir()), None) or fetch(
+        base, stated.get("revision")
+    )
+    # What the base lacks would be drawn at random.
+    read_decoder(here)
     whole = AutoModelForCausalLM.from_pretrained(
         here, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    model = PeftModel.from_pretrained(whole, folder).merge_and_unload()
+    file = next(
+        (one for one in folder.glob("adapter_model.*")), folder / "adapter_model.safetensors"
+    )
+    # One that was trained with further tokens brings whole embeddings of its own.
+    rows = {len(one) for name, one in read_tensors(file).items() if name.endswith(_EMBEDDINGS)}
+    if rows - {whole.config.vocab_size}:
+        whole.resize_token_embeddings(max(rows), mean_resizing=False)
+    try:
+        adapted = PeftModel.from_pretrained(whole, folder)
+        if not hasattr(adapted, "merge_and_unload"):
+            raise ValueError(f"a {stated.get('peft_type')} adapter changes no weights")
+        model = adapted.merge_and_unload()
+    except Exception as error:  # whatever peft's own code raises
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder} cannot be merged with {base}: {why}; if it can be merged where it was "
+            "trained, import what that writes"
+        ) from None
     config = describe(model.config)
     return LanguageModel(
         config,

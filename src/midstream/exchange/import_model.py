@@ -5,6 +5,7 @@ It is written whole or not at all, after everything has been read.
 
 import hashlib
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from midstream.exchange.import_source import (
     locate,
     read_language_model,
     settle,
+    stated_of_tokenizer,
     summary,
 )
 from midstream.model.pretrained import with_vocabulary
@@ -146,7 +148,19 @@ def serve(request: ImportRequest, channel: Channel) -> None:
     # What it would say of a checkpoint's names, or draw as bars, is said below.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    record, notes = import_model(request)
+    try:
+        record, notes = import_model(request)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("midstream."):
+            raise
+        # A library's own code, on behalf of this checkpoint.
+        told = " ".join(str(error).split())
+        raise ValueError(
+            f"{request.source} cannot be imported: {type(error).__name__}: {told}"
+        ) from error
     print("\n".join(summary(request.out, record, notes)))
 
 
@@ -228,7 +242,8 @@ def _import_decoder(
                 _write_encoder(folder / name, source, tower._replace(dropped=()))
     named = () if known is None else (f"known family: {known.family}",)
     told = (note for note in model.notes if sight is None or note != import_parts.LEFT_OUT)
-    remarks = _remarks(model.config, vocabulary, position)
+    own = None if request.tokenizer else stated_of_tokenizer(path).get("add_bos_token")
+    remarks = _remarks(model.config, vocabulary, position, own)
     return record, [*named, *source.notes, *told, *conflicts, *remarks]
 
 
@@ -262,8 +277,19 @@ def _with_rows(config: AnyDecoderConfig, rows: int) -> AnyDecoderConfig:
     return with_vocabulary(config, rows)
 
 
-def _remarks(config: AnyDecoderConfig, vocabulary: Vocabulary, position: Position) -> Iterator[str]:
+def _remarks(
+    config: AnyDecoderConfig,
+    vocabulary: Vocabulary,
+    position: Position,
+    adds_begin: bool | None,
+) -> Iterator[str]:
     codec = vocabulary.codec
+    if codec is not None and adds_begin not in (None, codec.begin_of_text is not None):
+        yield (
+            f"tokenizer_config.json says add_bos_token {json.dumps(adds_begin)}, the rule in "
+            "tokenizer.json otherwise; the rule is followed: where the model was trained by the "
+            "former, say so in the recipe (begin_of_text)"
+        )
     if vocabulary.behind:
         yield (
             f"the tokenizer has {', '.join(vocabulary.behind)} behind the model's last row; new "

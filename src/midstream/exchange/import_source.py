@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from midstream.config import EncoderConfig
 from midstream.config.base import Config, Positive
@@ -167,16 +168,26 @@ def _check_folder(path: Path, request: ImportRequest) -> None:
 
 def _check_family(folder: Path) -> None:
     kind, whole = model_type(folder), ", ".join(import_parts.WHOLE)
+    content = read_json(folder / "config.json")
+    if isinstance(content, dict) and "mm_vision_tower" in content:
+        raise ValueError(
+            f"{folder / 'config.json'} is of LLaVA's own code (mm_vision_tower), whose files have "
+            "other names and no tower; get the same model as transformers has it (llava-hf/...)"
+        )
     own = ("openlm", import_parts.OWN_TEXT, *import_parts.WHOLE)
     if kind in (*own, *towers.FAMILIES, *FAMILIES):
         return
     told = f"{folder / 'config.json'} is of model_type {kind!r}"
-    content = read_json(folder / "config.json")
     if isinstance(content, dict) and isinstance(content.get("vision_config"), dict):
         raise ValueError(
             f"{told}, a whole vision-language model of which no part is read; parts are read of "
             f"{whole}. Save its language model as a folder of its own, if that is one of "
             f"{', '.join(FAMILIES)}"
+        )
+    if isinstance(content, dict) and kind is None and "architecture" in content:
+        raise ValueError(
+            f"{folder / 'config.json'} is timm's, whose files are not read; many of its towers are "
+            "published as transformers saves them, too: google/siglip-..., facebook/dinov2-..."
         )
     models = ", ".join(f"{name} ({one})" for name, one in FAMILIES.items())
     raise ValueError(
@@ -214,14 +225,49 @@ def find_tokenizer(request: ImportRequest, *places: Path | None) -> Tokenizer | 
         if path is None or not path.is_dir():
             continue
         if (path / "tokenizer.json").is_file():
-            return open_tokenizer(str(path))
-        others = [name for name in ("tokenizer.model", "vocab.json") if (path / name).is_file()]
+            tokenizer = open_tokenizer(str(path))
+            _add_stated(tokenizer, path)
+            return tokenizer
+        kinds = ("tokenizer.model", "vocab.json", "tekken.json", "*.tiktoken")
+        others = [one.name for kind in kinds for one in sorted(path.glob(kind))]
         if others:
             raise FileNotFoundError(
                 f"{path} has {' and '.join(others)} but no tokenizer.json, which alone is read; "
-                "give one with --tokenizer"
+                "where transformers reads these files, AutoTokenizer.from_pretrained(...)"
+                ".save_pretrained(...) writes one; else give one with --tokenizer"
             )
     return None
+
+
+def stated_of_tokenizer(folder: Path) -> dict[str, Any]:
+    """What a folder's tokenizer_config.json says; nothing where there is none."""
+    path = folder / "tokenizer_config.json"
+    content = read_json(path) if path.is_file() else None
+    return content if isinstance(content, dict) else {}
+
+
+def _add_stated(tokenizer: Tokenizer, folder: Path) -> None:
+    """Add the tokens that only the files beside tokenizer.json know, which `transformers` adds.
+
+    Raises ValueError where they would get other ids than those files say.
+    """
+    stated: dict[int, AddedToken] = {}
+    path = folder / "added_tokens.json"
+    older = read_json(path) if path.is_file() else {}
+    for token, number in older.items() if isinstance(older, dict) else ():
+        stated[int(number)] = AddedToken(token, special=True, normalized=False)
+    for number, token in (stated_of_tokenizer(folder).get("added_tokens_decoder") or {}).items():
+        words = {key: value for key, value in token.items() if key not in ("content", "__type")}
+        stated[int(number)] = AddedToken(token["content"], **words)
+    for number, added in sorted(stated.items(), key=lambda pair: pair[0]):
+        if tokenizer.token_to_id(added.content) is None:
+            tokenizer.add_tokens([added])
+            if tokenizer.token_to_id(added.content) != number:
+                raise ValueError(
+                    f"{folder} has {added.content} as token {number:,} beside its tokenizer.json, "
+                    "which has no place for it; write a whole one: AutoTokenizer"
+                    ".from_pretrained(...).save_pretrained(...)"
+                )
 
 
 # ------------------------------------------------------------------------------ what is printed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, PatchProjection
 from midstream.core.storage import read_json
-from midstream.exchange.hub import read_config, unwrapped
+from midstream.exchange.hub import check_plain, read_config, unwrapped
 from midstream.model.vision import Tower, VisionEncoder, positions
 from midstream.model.weights import read_tensors
 
@@ -152,6 +152,7 @@ def loaded(
 
     # Reading the files first names a missing or broken shard; transformers would not.
     stored, notes = unwrapped(read_tensors(folder), fits, path=folder)
+    check_plain(stored, config, folder)
     # Tensors of another shape are told, not raised for.
     model, loading = getattr(transformers, kind).from_pretrained(
         None,
@@ -168,7 +169,8 @@ def loaded(
     if missing or wrong:
         raise ValueError(
             f"{folder} is no whole {kind}: missing {_few(missing)}; mismatched {_few(wrong)}; "
-            f"unexpected {_few(sorted(loading['unexpected_keys']))}. Download it again"
+            f"unexpected {_few(sorted(loading['unexpected_keys']))}. "
+            + ("Put the sizes into config.json that it has" if wrong else "Download it again")
         )
     return model, loading | {"stored": tuple(sorted(stored))}, notes
 
@@ -196,7 +198,7 @@ def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:
                 f"{folder} is a DINOv3 with {name} {getattr(stated, name)!r}, which is not read; "
                 f"import one with {value!r}"
             )
-    (mean, std), told = TABLES["colours"][family], pictures(folder)
+    mean, std = _colours(folder, *TABLES["colours"][family])
     patch, width, dinov2 = stated.patch_size, stated.hidden_size, family == "dinov2"
     # NaFlex takes any grid; its positions are a square one.
     grid = family == "siglip2"
@@ -215,10 +217,30 @@ def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:
         ffn="swiglu" if gated else "mlp",
         hidden_act=stated.hidden_act,
         norm_eps=stated.layer_norm_eps,
-        pixel_mean=tuple(told.get("image_mean", mean)),
-        pixel_std=tuple(told.get("image_std", std)),
+        pixel_mean=mean,
+        pixel_std=std,
         **seen,
     )
+
+
+def _colours(folder: Path, *usual: list[float]) -> tuple[tuple[float, ...], ...]:
+    """Mean and standard deviation, by channel, of values from 0 to 1, which a processor's own may
+    not be: it scales bytes by `rescale_factor`, or leaves them, or does not normalise."""
+    told, found = pictures(folder), []
+    for name, one in zip(("image_mean", "image_std"), usual, strict=True):
+        value = told.get(name) or one
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        values = values * 3 if len(values) == 1 else values
+        if len(values) != 3 or (name == "image_std" and min(values) <= 0):
+            raise ValueError(f"{folder}: its processor has {name} {value}; give three, std above 0")
+        found.append(values)
+    mean, std = found if told.get("do_normalize") is not False else [(0.0,) * 3, (1.0,) * 3]
+    scale = 255.0
+    if told.get("do_rescale") is not False:
+        scale *= told.get("rescale_factor") or 1 / 255
+    if abs(scale - 1) < 1e-6:
+        return mean, std
+    return tuple(one / scale for one in mean), tuple(one / scale for one in std)
 
 
 def fitting(folder: Path) -> Literal["letterbox", "square", "crop"]:

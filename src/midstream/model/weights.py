@@ -137,7 +137,7 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) -> No
         wrong["mismatched"] += [
             f"{one} differs from {first}, which the model ties it to"
             for one, value in found.items()
-            if value.dtype != found[first].dtype or not torch.equal(value, found[first])
+            if one != first and not torch.equal(value.to(mine.dtype), found[first].to(mine.dtype))
         ]
     if any(wrong.values()):
         lines = []
@@ -209,7 +209,8 @@ def _shown(name: str, tensors: Mapping[str, Tensor]) -> str:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, of an index with its shards beside it
-    (`*.index.json`), or of a folder with one of these under its usual name; all on the CPU.
+    (`*.index.json`), or of a folder with one of these under its usual name or with all shards and
+    no index; all on the CPU.
 
     Of a training checkpoint (`{"model": {...}, "step": 5}`) those of its one dict of tensors,
     under names that start with its key ("model.").
@@ -218,6 +219,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     is broken or a shard's tensors are not those that the index names.
     """
     if path.is_dir():
+        shards = _unlisted(path)
+        if shards:
+            return _joined((one, read_tensors(one)) for one in shards)
         path = _in_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; give a .safetensors file")
@@ -290,6 +294,41 @@ def _one_set(content: Any, path: Path) -> dict[str, Tensor]:
         )
     ((key, tensors),) = sets.items()
     return {f"{key}.{name}": value for name, value in tensors.items()}
+
+
+def _unlisted(folder: Path) -> list[Path]:
+    """The shards of a folder that has neither a whole file nor an index.
+
+    Raises FileNotFoundError that names the missing ones.
+    """
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        whole = folder / f"{stem}{suffix}"
+        if whole.is_file() or Path(f"{whole}.index.json").is_file():
+            return []
+        held = {one.name for one in folder.glob(f"{stem}-[0-9]*-of-[0-9]*{suffix}")}
+        totals = {name.removesuffix(suffix).rpartition("-")[2] for name in held}
+        for total in sorted(one for one in totals if one.isdigit()):
+            parts = (f"{stem}-{n:0{len(total)}}-of-{total}" for n in range(1, int(total) + 1))
+            names = [f"{part}{suffix}" for part in parts]
+            missing = [name for name in names if name not in held]
+            if missing or len(totals) > 1:
+                raise FileNotFoundError(
+                    f"{folder} is half downloaded: {whole.name}.index.json is missing"
+                    + (f", and of {total} shards {', '.join(missing)}" if missing else "")
+                )
+            return [folder / name for name in names]
+    return []
+
+
+def _joined(parts: Iterable[tuple[Path, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The tensors of several files; ValueError if two have one name."""
+    tensors: dict[str, Tensor] = {}
+    for path, held in parts:
+        twice = sorted(tensors.keys() & held.keys())
+        if twice:
+            raise ValueError(f"{path} holds {twice[0]}, which another shard holds as well")
+        tensors |= held
+    return tensors
 
 
 def _in_folder(folder: Path) -> Path:
