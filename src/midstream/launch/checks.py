@@ -131,10 +131,7 @@ GIB = 2**30
 
 
 def problems(
-    plan: Plan,
-    ledger: Ledger,
-    needed_bytes: Number | None = None,
-    read: ReadTasks | None = None,
+    plan: Plan, ledger: Ledger, needed_bytes: Number | None = None, read: ReadTasks | None = None
 ) -> tuple[Problem, ...]:
     """All that is wrong with what is left of a plan, the gravest level first; `read` is what its
     benchmarks told, where they were read already.

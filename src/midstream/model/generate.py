@@ -250,11 +250,7 @@ def _read_on(
 
 @torch.no_grad()
 def sequence_logprobs(
-    vlm: VLM,
-    sequences: list[list[int]],
-    starts: list[int],
-    *,
-    batch_size: int,
+    vlm: VLM, sequences: list[list[int]], starts: list[int], *, batch_size: int
 ) -> list[tuple[float, bool]]:
     """For each sequence the log-probability of its tokens from `start` on, and whether each of
     them is the most likely one at its place.

@@ -14,15 +14,7 @@ from typing import Unpack
 
 from midstream.config import DecoderConfig, PublicFolder, WarmupCosine
 from midstream.core.storage import read_json
-from midstream.recipes.scales import (
-    Model,
-    Scale,
-    Settings,
-    find_scale,
-    line,
-    percent,
-    share_label,
-)
+from midstream.recipes.scales import Model, Scale, Settings, find_scale, line, percent, share_label
 from midstream.study.axes import with_field
 from midstream.study.stages import Continue, Finetune, Pretrain
 from midstream.study.studies import Figure, Ladder, Line, Study

@@ -238,8 +238,7 @@ def pocket_scale(
     pictures = CaptionSet("pictures")
     main = scale(world(), {DATACOMP_DR: pictures})
     captioned = scale(
-        world(few(_ALT_TEXTS, 400)),
-        {DATACOMP_DR: pictures, "DataComp": CaptionSet("alt_texts")},
+        world(few(_ALT_TEXTS, 400)), {DATACOMP_DR: pictures, "DataComp": CaptionSet("alt_texts")}
     )
     several = scale(world(pages=few(_PAGES, 200), albums=few(_ALBUMS, 40)), {DATACOMP_DR: pictures})
     asked = several.asked.model_copy(update={"visual_tasks": (*VISUAL_TASKS, *SEVERAL_TASKS)})
@@ -250,11 +249,7 @@ def pocket_scale(
 # What the generated world holds at its full size, as prepared.
 _POCKET_EXPECTED = (
     ExpectedSource(
-        name="web",
-        kind="text",
-        num_examples=30_000,
-        num_tokens=2_164_910,
-        num_targets=2_134_910,
+        name="web", kind="text", num_examples=30_000, num_tokens=2_164_910, num_targets=2_134_910
     ),
     ExpectedSource(
         name="pictures",

@@ -144,10 +144,7 @@ def findings(
             own = [group for group in groups if group.by == by]
             if len(own) > 1:
                 rise = trend_finding(study, rows, own, column)
-                found += [
-                    best_finding(study, rows, own, column),
-                    *([] if rise is None else [rise]),
-                ]
+                found += [best_finding(study, rows, own, column), *([] if rise is None else [rise])]
     return found
 
 

@@ -27,13 +27,7 @@ from midstream.report.figures import (
     stable_panel,
     task_panel,
 )
-from midstream.report.findings import (
-    KIND_NAMES,
-    SCORE_NAMES,
-    place,
-    points,
-    signed,
-)
+from midstream.report.findings import KIND_NAMES, SCORE_NAMES, place, points, signed
 from midstream.report.gather import (
     TRAINING,
     Facts,
@@ -116,11 +110,7 @@ MAX_CURVES = 12
 
 
 def write_facts(
-    facts: Facts,
-    *,
-    suite: str | None = None,
-    max_curves: int = MAX_CURVES,
-    out: Path | None = None,
+    facts: Facts, *, suite: str | None = None, max_curves: int = MAX_CURVES, out: Path | None = None
 ) -> Path:
     """Write index.html, results.csv, findings.md, tables (CSV, LaTeX) and figures; the page.
 

@@ -237,9 +237,7 @@ def _score(row: LineRow, column: str) -> float | int:
     return value
 
 
-def _matched(
-    sides: Sequence[Mapping[str, Under]],
-) -> tuple[list[str], list[tuple[Any, ...]]]:
+def _matched(sides: Sequence[Mapping[str, Under]]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Repetitions, and places of the other axes, that all of them have on every side.
 
     The same places for every repetition: else a difference between places passes for one between

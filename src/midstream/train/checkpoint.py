@@ -347,11 +347,7 @@ def stored_digests(folder: Path) -> dict[str, str]:
 
 
 def load_moments(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    of: set[str] | None = None,
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, of: set[str] | None = None
 ) -> None:
     """Put Adam's moments into the optimiser; parameters that the file lacks start fresh, and those
     that are frozen have none.

@@ -32,14 +32,7 @@ from midstream.train.held_out import HeldOut, evaluate
 from midstream.train.metrics import MetricsLog, Tracking, meters_of
 from midstream.train.parallel import ALONE, Place, data_workers, device_name, peak_memory
 from midstream.train.record import Record, Report
-from midstream.train.step import (
-    Clock,
-    Taken,
-    freeze,
-    is_trained,
-    make_optimizer,
-    train_step,
-)
+from midstream.train.step import Clock, Taken, freeze, is_trained, make_optimizer, train_step
 from midstream.train.totals import StepTotals, totals_of
 
 
@@ -396,10 +389,7 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         "tokens": {**progress.counts.__dict__},
         "sources": {
             name: planned
-            | {
-                "seen": {**progress.sources.get(name, TokenCount()).__dict__},
-                "pictures": shown,
-            }
+            | {"seen": {**progress.sources.get(name, TokenCount()).__dict__}, "pictures": shown}
             for (name, planned), shown in zip(planned_shares.items(), views, strict=True)
         },
         "pad_fraction": progress.counts.pad / max(progress.counts.total, 1),

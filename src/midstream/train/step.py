@@ -25,12 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 
-from midstream.config import (
-    AdamW,
-    PatchProjection,
-    Training,
-    VLMConfig,
-)
+from midstream.config import AdamW, PatchProjection, Training, VLMConfig
 from midstream.core.batch import Batch
 from midstream.model.adapters import add_adapters, is_adapter
 from midstream.model.decoder import Decoder
