@@ -10,8 +10,6 @@ from pydantic import Field, model_validator
 from midstream.config.base import Config, Positive
 from midstream.config.connectors import ProjectorConfig
 
-# ------------------------------------------------------------------------------ the decoder
-
 
 class DecoderConfig(Config):
     """An OpenLM decoder (open_lm/model.py; recipe of DCLM-1B: qk-norm, gain-only LayerNorm)."""
@@ -85,7 +83,6 @@ class TransformersDecoderConfig(Config):
 
 AnyDecoderConfig = Annotated[DecoderConfig | TransformersDecoderConfig, Field(discriminator="kind")]
 
-# ------------------------------------------------------------------------------ the encoder
 
 Colour = tuple[float, float, float]
 # float32 rounds nothing: stock Llava classes, which do not round, then see what training saw.
@@ -238,8 +235,6 @@ PretrainedEncoder = Annotated[EncoderConfig | FusedEncoder, Field(discriminator=
 AnyEncoderConfig = Annotated[
     EncoderConfig | FusedEncoder | PatchProjection, Field(discriminator="kind")
 ]
-
-# --------------------------------------------------------------------------------- together
 
 
 Attention = Literal["causal", "segments", "prefix", "pictures", "latest"]

@@ -201,9 +201,6 @@ def trend(places: Sequence[Any]) -> dict[Any, float]:
     return {p: (at - middle) / squares * (len(places) - 1) for at, p in enumerate(places)}
 
 
-# ------------------------------------------------------------------------------ seeds needed
-
-
 def detectable(sd: float, n: int, freedom: int) -> float:
     """The true difference that `n` repetitions find with a power of 80 %.
 

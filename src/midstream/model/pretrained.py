@@ -22,8 +22,6 @@ from midstream.model.attention import attend_blocks
 from midstream.model.decoder import check_room, select
 from midstream.model.weights import Initialiser
 
-# -------------------------------------------------------------------------------- the families
-
 _TABLES = tomllib.loads(Path(__file__).with_name("language_models.toml").read_text("utf-8"))
 # The models that have a `model_type`.
 FAMILIES: dict[str, str] = _TABLES["families"]
@@ -65,9 +63,6 @@ def _checked(config: Any) -> Any:
             "a model whose positions do not depend on the length of the row"
         )
     return config
-
-
-# ------------------------------------------------------------------------------ configurations
 
 
 def describe(hf_config: Any) -> TransformersDecoderConfig:
@@ -197,8 +192,6 @@ def _count(model: nn.Module) -> int:
 
 PREFIX = "model."
 
-# ----------------------------------------------------------------------------------- the cache
-
 
 class TransformersCache:
     """Keys and values of the positions seen so far, with room for `columns` of them."""
@@ -231,9 +224,6 @@ class TransformersCache:
             keys = torch.cat([layer.keys for layer in layers])
             whole.held.update(keys, torch.cat([layer.values for layer in layers]), index)
         return whole
-
-
-# --------------------------------------------------------------------------------- the decoder
 
 
 class TransformersDecoder(nn.Module):

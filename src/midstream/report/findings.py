@@ -251,9 +251,6 @@ def rows_at(rows: Sequence[LineRow], at: Mapping[str, Any]) -> list[LineRow]:
     return [r for r in rows if r.role == "line" and all(r.at(a) == v for a, v in at.items())]
 
 
-# ------------------------------------------------------------------------------------- claims
-
-
 def _claim(claim: Claim, study: Study, rows: Sequence[LineRow], examples: Examples) -> Finding:
     name, size = score_name(claim.score), study.smallest_difference
     missing = _missing(claim, study, rows)
@@ -304,9 +301,6 @@ def _on_examples(
     gaps = [examples.gap(ones, others, task) for task in tasks]
     known = [gap for gap in gaps if gap is not None]
     return mean_gap(known) if known and len(known) == len(gaps) else None
-
-
-# -------------------------------------------------------------------------------------- words
 
 
 def _judged(study: Study, text: str, comparison: Comparison) -> Finding:

@@ -186,9 +186,6 @@ def findings_lines(facts: Facts) -> list[str]:
     return lines or ["- No claim and no place to compare."]
 
 
-# ------------------------------------------------------------------------------------- figures
-
-
 def _score_figures(facts: Facts, folder: Path) -> list[dict[str, str]]:
     """The stable scores, then the two common benchmarks, as pictures of the page."""
     panels = {
@@ -258,9 +255,6 @@ def _written(figure: dict[str, bytes], path: Path) -> str:
     for suffix, data in figure.items():
         write_bytes(path.with_suffix(f".{suffix}"), data)
     return data_uri("image/svg+xml", figure["svg"])
-
-
-# ------------------------------------------------------------------------------ stages, samples
 
 
 def _samples(facts: Facts, best: LineRow | None) -> list[dict[str, Any]]:

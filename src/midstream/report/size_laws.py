@@ -179,9 +179,6 @@ def _effect(
     return Laws(title, unit, sentence, tuple(rungs), curves, signs=True)
 
 
-# ------------------------------------------------------------------------------ what is measured
-
-
 def _place(study: Study, line: Line) -> str:
     """A line's axes but its size and seed, where they differ in the study."""
     assert study.ladder is not None, "asked of ladders only"
@@ -244,9 +241,6 @@ def _changed(values: Values, first: str, other: str) -> dict[int, dict[Any, floa
         for size, own in two.items()
         if size in one
     }
-
-
-# ------------------------------------------------------------------------------------- exhibits
 
 
 def ladder_grid(study: Study, laws: Sequence[Laws]) -> Grid:

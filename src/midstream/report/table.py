@@ -241,9 +241,6 @@ def view_records(view: View) -> list[dict[str, Any]]:
     return records
 
 
-# ------------------------------------------------------------------------------------ layouts
-
-
 def _upright(table: Table, rows: Sequence[LineRow]) -> tuple[tuple[Column, ...], Any]:
     """A row for each value of an axis; columns are values of another, or the scores."""
     across: list[tuple[dict[str, Any], str]] = []

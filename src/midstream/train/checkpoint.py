@@ -69,9 +69,6 @@ class Progress:
     metrics_bytes: int = 0
 
 
-# ---------------------------------------------------------------------------------- saving
-
-
 class Saver:
     """Writes checkpoints of all ranks, one at a time; in the background training goes on.
 
@@ -280,9 +277,6 @@ def _stems(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
     return stems
 
 
-# --------------------------------------------------------------------------------- loading
-
-
 def read_progress(folder: Path) -> Progress:
     """The progress of a checkpoint, after checking its bytes (CorruptError) and no others."""
     verify(folder, only=lambda name: name == PROGRESS)
@@ -413,9 +407,6 @@ def _same_origin(folder: Path, mine: Mapping[str, str]) -> None:
             f"{folder} is a checkpoint of something else: {told}. Undo the change, or move the "
             "folder away to start the stage again"
         )
-
-
-# ----------------------------------------------------------------------------------- folders
 
 
 def milestone(folder: Path, share: float) -> Path:
