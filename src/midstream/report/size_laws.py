@@ -334,28 +334,14 @@ def _draw(axes: Axes, law: Laws) -> None:
                     [scale * (rung.told.value - rung.told.low)],
                     [scale * (rung.told.high - rung.told.value)],
                 ]
-                axes.errorbar(
-                    [rung.parameters],
-                    [scale * rung.told.value],
-                    yerr=ends,
-                    fmt="o",
-                    color=colour,
-                    markerfacecolor=PAPER,
-                    capsize=4,
-                    markersize=7,
-                )
+                hollow: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "capsize": 4}
+                at = [rung.parameters], [scale * rung.told.value]
+                axes.errorbar(*at, yerr=ends, fmt="o", color=colour, **hollow)
             if rung.mean is not None:
                 spread = scale * stdev(rung.values) if len(rung.values) > 1 else None
-                axes.errorbar(
-                    [rung.parameters],
-                    [scale * rung.mean],
-                    yerr=spread,
-                    fmt="o",
-                    color=colour,
-                    markersize=4,
-                    elinewidth=0.8,
-                    capsize=2,
-                )
+                filled: dict[str, Any] = {"markersize": 4, "elinewidth": 0.8, "capsize": 2}
+                at = [rung.parameters], [scale * rung.mean]
+                axes.errorbar(*at, yerr=spread, fmt="o", color=colour, **filled)
     if law.signs:
         axes.axhline(0, color=MUTED, linewidth=0.8)
     axes.set_xscale("log")
