@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95
+from midstream.core.decide import CONFIDENCE
+
 RESAMPLES = 2000
 # Sign flips of a paired test: p-values are known to a ten-thousandth.
 FLIPS = 10_000
@@ -32,17 +33,13 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class PairedDifference:
+class PairedDifference(Estimate):
     """Mean score of one model less that of another on the same examples.
 
-    The 95 % interval is a bootstrap's; `p_value` is two-sided, by turning over the sign of whole
-    clusters (a permutation test). None where there are fewer than two clusters.
+    `p_value` is two-sided, by turning over the sign of whole clusters (a permutation test). None
+    where there are fewer than two clusters.
     """
 
-    mean: float
-    stderr: float | None
-    low: float | None
-    high: float | None
     p_value: float | None
     num_examples: int
     num_clusters: int
@@ -120,7 +117,8 @@ def bootstrap(
         with np.errstate(invalid="ignore"):
             by_split = np.where(held > 0, drawn @ totals / held, np.nan)
         means[start : start + size] = np.nanmean(by_split, axis=1)
-    low, high = _interval(means)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = map(float, np.quantile(means, [tail, 1 - tail]))
     # As many clusters as there are, less one, are free: without it the error is too small.
     stderr = float(means.std()) * math.sqrt(num_clusters / (num_clusters - 1))
     return Estimate(mean, stderr, low, high)
@@ -143,14 +141,9 @@ def paired_difference(
     gaps = [first - second for first, second in zip(one, other, strict=True)]
     found = bootstrap(gaps, groups, splits, seed=seed)
     pulls = np.array(_pulls(gaps, groups, splits, centred=False))
+    p_value = _sign_flip(pulls, seed) if len(pulls) > 1 else None
     return PairedDifference(
-        found.mean,
-        found.stderr,
-        found.low,
-        found.high,
-        _sign_flip(pulls, seed) if len(pulls) > 1 else None,
-        len(gaps),
-        len(pulls),
+        **vars(found), p_value=p_value, num_examples=len(gaps), num_clusters=len(pulls)
     )
 
 
@@ -184,9 +177,3 @@ def _sign_flip(pulls: np.ndarray, seed: int) -> float:
         # Sums of the same numbers in another order differ in the last bits.
         as_large += int((np.abs(signs @ pulls) >= seen * (1 - 1e-9) - 1e-15).sum())
     return (1 + as_large) / (1 + FLIPS)
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, PatchProjection
-from midstream.config.resolution import at_size
+from midstream.config.model import at_size
 from midstream.model.weights import Initialiser, Linear, fill, read_tensors
 
 # Of a whole tower, what no features are made of: the pooling head, and what masked training used.

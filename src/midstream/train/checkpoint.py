@@ -36,8 +36,7 @@ from midstream.model.weights import (
     tensor_digests,
     tensors_of,
 )
-from midstream.train.collect import deal, gathered
-from midstream.train.parallel import ALONE, Place
+from midstream.train.parallel import ALONE, Place, deal, gathered
 from midstream.train.step import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

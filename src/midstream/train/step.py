@@ -31,10 +31,8 @@ from midstream.model.adapters import add_adapters, is_adapter
 from midstream.model.decoder import Decoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import whole
-from midstream.train.float8 import to_float8
-from midstream.train.parallel import Place
-from midstream.train.placing import features_of, placed
-from midstream.train.totals import StepTotals, totals_of
+from midstream.train.parallel import Place, to_float8
+from midstream.train.placing import StepTotals, features_of, placed, totals_of
 
 # The parameters of a model's own encoder.
 _ENCODER = "encoder."
