@@ -5,6 +5,7 @@ The lines at `Ladder.predict` are in no fit; their means stand beside what the l
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -125,12 +126,8 @@ def _loss_law(
             own = tuple(values.get(place, {}).get(size, {}).values())
             told = None if known is None else known.predict(place, size, len(own) or planned)
             rungs.append(Rung(place, size, own, size == left_out, told))
-    curves = {} if law is None else {p: _curve(law, p) for p in law.places}
+    curves = {} if law is None else {p: partial(law.at, p) for p in law.places}
     return Laws(title, "nats", sentence, tuple(rungs), curves)
-
-
-def _curve(law: Law, place: str) -> Callable[[float], float]:
-    return lambda size: law.at(place, size)
 
 
 def _law_words(law: Law) -> str:
