@@ -83,7 +83,6 @@ def bootstrap(
     splits: Sequence[str] | None = None,
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Estimate:
     """`mean_by_split` and how it varies where clusters are drawn again with replacement.
 
@@ -106,7 +105,7 @@ def bootstrap(
     counts = np.zeros_like(totals)
     np.add.at(totals, places, np.asarray(scores, dtype=np.float64))
     np.add.at(counts, places, 1.0)
-    generator = np.random.default_rng([seed, num_clusters, len(scores)])
+    generator = np.random.default_rng([0, num_clusters, len(scores)])
     means = np.empty(resamples)
     part = max(1, _AT_ONCE // num_clusters)
     for start in range(0, resamples, part):
@@ -129,8 +128,6 @@ def paired_difference(
     other: Sequence[float],
     groups: Sequence[str] | None = None,
     splits: Sequence[str] | None = None,
-    *,
-    seed: int = 0,
 ) -> PairedDifference:
     """How much better `one` is than `other` on the same examples, in the same order.
 
@@ -139,9 +136,9 @@ def paired_difference(
     if len(one) != len(other):
         raise ValueError(f"{len(one)} scores are paired with {len(other)}; pair the same examples")
     gaps = [first - second for first, second in zip(one, other, strict=True)]
-    found = bootstrap(gaps, groups, splits, seed=seed)
+    found = bootstrap(gaps, groups, splits)
     pulls = np.array(_pulls(gaps, groups, splits, centred=False))
-    p_value = _sign_flip(pulls, seed) if len(pulls) > 1 else None
+    p_value = _sign_flip(pulls) if len(pulls) > 1 else None
     return PairedDifference(
         **vars(found), p_value=p_value, num_examples=len(gaps), num_clusters=len(pulls)
     )
@@ -166,10 +163,10 @@ def _pulls(
     return list(pulls.values())
 
 
-def _sign_flip(pulls: np.ndarray, seed: int) -> float:
+def _sign_flip(pulls: np.ndarray) -> float:
     """How often signs turned at random make a difference at least as large."""
     seen = abs(float(pulls.sum()))
-    generator = np.random.default_rng([seed, len(pulls), 1])
+    generator = np.random.default_rng([0, len(pulls), 1])
     as_large, part = 0, max(1, _AT_ONCE // len(pulls))
     for start in range(0, FLIPS, part):
         size = min(part, FLIPS - start)

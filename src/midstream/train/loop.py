@@ -7,6 +7,7 @@ own rows; counts, decisions and results are those of all ranks.
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -208,9 +209,7 @@ def _load(job: Job, machine: Machine, place: Place, progress: Progress) -> Itera
 
 
 def _held_out(job: Job, machine: Machine, place: Place, watch: Watch) -> dict[str, Any]:
-    def at(doing: str) -> None:
-        watch.at(doing, "step")
-
+    at = partial(watch.at, kind="step")
     return evaluate(job.model, job.held_out, encode=job.encode, machine=machine, place=place, at=at)
 
 
