@@ -177,7 +177,8 @@ def our_step(model: VLM, batch: Batch, encode: object, place: Place) -> Step:
 
 def plain_step(work: Work, row: Row, place: Place) -> Step:
     """Midstream's own model in a plain loop: padded rows, logits everywhere."""
-    model, batch = model_of(work, place), batch_of(work, row).to(place.device)
+    model = model_of(work, place)
+    batch = batch_of(work, row).map(lambda one: one.to(place.device))
     look = encoder_of(work, place)
 
     def loss() -> torch.Tensor:

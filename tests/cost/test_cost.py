@@ -29,7 +29,7 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.config.connectors import connector_flops, untaken_flops
-from midstream.config.model import attention_flops, decoder_flops, encoder_flops, head_flops
+from midstream.config.model import attention_flops, encoder_flops, head_flops, weight_flops
 from midstream.cost.cost import (
     connector_parameters,
     cost,
@@ -109,7 +109,8 @@ def test_decoder_and_head_flops_are_those_that_torch_counts(length: int) -> None
     decoder = Decoder(DECODER)
     with counting() as counter:
         decoder.output(decoder(torch.zeros(2, length, 64), torch.arange(length).repeat(2, 1), None))
-    per_position = decoder_flops(DECODER, context=float(length)) + head_flops(DECODER)
+    blocks = weight_flops(DECODER) + attention_flops(DECODER) * length
+    per_position = blocks + head_flops(DECODER)
     assert counter.get_total_flops() == 2 * length * per_position
 
 

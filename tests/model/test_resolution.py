@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from midstream.config import EncoderConfig, FusedEncoder, PatchProjection
-from midstream.config.resolution import at_size
+from midstream.config.model import at_size
 from midstream.exchange.towers import read_encoder
 from midstream.model.vision import Tower, build_encoder, load_encoder, positions, resized
 from midstream.model.weights import fill, initialise

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from midstream.core.storage import read_json, write_json
-from midstream.report.pairs import paired_rows
+from midstream.report.pairs import Examples, paired_rows
 from midstream.study.store import SUCCESS, Ledger
 
 SCORES = {(0.0,): (0.4, 0.42), (50.0,): (0.7, 0.72), (100.0,): (0.69, 0.71)}
@@ -33,7 +33,7 @@ def mean_right(ledger: Ledger, place: float) -> float:
 
 
 def test_the_best_place_is_compared_with_every_other_example_by_example(filled: Ledger) -> None:
-    rows = paired_rows(STUDY, made.groups_of(STUDY, filled), filled)
+    rows = paired_rows(STUDY, made.groups_of(STUDY, filled), Examples(filled))
     by_x = {row.x: row for row in rows}
     assert {row.best for row in rows} == {50.0}
     assert set(by_x) == {0.0, 100.0}
@@ -54,12 +54,12 @@ def test_what_is_not_done_or_was_asked_otherwise_is_left_out(filled: Ledger) -> 
     worst = [made.result((0.0,), seed) for seed in (0, 1)]
     mark = filled.folder(worst[1]) / SUCCESS
     mark.unlink()
-    rows = paired_rows(STUDY, made.groups_of(STUDY, filled), filled)
+    rows = paired_rows(STUDY, made.groups_of(STUDY, filled), Examples(filled))
     assert [row.x for row in rows] == [100.0]
     mark.write_text(worst[1].identity)
     for one in worst:
         made.write_answers(filled.predictions(one, "pope"), "pope", range(NUM - 2), 0.4)
-    rows = paired_rows(STUDY, made.groups_of(STUDY, filled), filled)
+    rows = paired_rows(STUDY, made.groups_of(STUDY, filled), Examples(filled))
     assert {row.x: set(row.tasks) for row in rows}[0.0] == {"gqa"}
 
 

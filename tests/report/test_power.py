@@ -87,8 +87,8 @@ def test_more_seeds_are_added_until_every_interval_is_as_narrow_as_asked(ledger:
         if finding.claim or "highest" in finding.sentence:
             assert finding.comparison is not None
             contrast = finding.comparison.contrast
-            assert contrast.half_width is not None
-            assert contrast.half_width <= 0.02 + 1e-9
+            assert contrast.high is not None
+            assert contrast.high - contrast.mean <= 0.02 + 1e-9
 
 
 def test_seeds_are_added_where_they_are_needed_and_a_limit_is_said() -> None:

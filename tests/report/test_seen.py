@@ -2,7 +2,7 @@
 
 import made_studies
 
-from midstream.report.seen import flat_records, seen_grid, seen_records
+from midstream.report.gather import flat_records, seen_grid, seen_records
 from midstream.study.stages import Finetune
 from midstream.study.store import Ledger
 

@@ -17,8 +17,7 @@ from midstream.model.vlm import VLM
 from midstream.model.weights import initialise, read_tensors, shard_rows
 from midstream.train import checkpoint
 from midstream.train.checkpoint import Progress
-from midstream.train.collect import deal, gathered
-from midstream.train.parallel import ALONE, Place
+from midstream.train.parallel import ALONE, Place, deal, gathered
 from midstream.train.step import build_model, make_optimizer
 
 PROGRESS = Progress(3, 900, 1_000, 0.02, TokenCount(text=900))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from midstream.config import Machine
-from midstream.train import float8
+from midstream.train import parallel
 from midstream.train.parallel import set_up
 
 
@@ -25,9 +25,9 @@ def test_a_card_or_a_library_that_lacks_it_is_named(
     capability: tuple[int, int], there: bool, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(float8, "find_spec", lambda name: object() if there else None)
+    monkeypatch.setattr(parallel, "find_spec", lambda name: object() if there else None)
     with pytest.raises(ValueError, match=said):
-        float8.check_float8(torch.device("cuda"))
+        parallel.check_float8(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    monkeypatch.setattr(float8, "find_spec", lambda name: object())
-    float8.check_float8(torch.device("cuda"))
+    monkeypatch.setattr(parallel, "find_spec", lambda name: object())
+    parallel.check_float8(torch.device("cuda"))

@@ -11,9 +11,9 @@ from midstream.core.tokens import TokenCount
 from midstream.train.checkpoint import Progress
 from midstream.train.metrics import MetricsLog
 from midstream.train.parallel import ALONE
+from midstream.train.placing import totals_of
 from midstream.train.record import Record
 from midstream.train.step import Clock, NonFiniteError, Taken
-from midstream.train.totals import totals_of
 
 
 def taken(loss: float, norm: float = 1.0) -> Taken:

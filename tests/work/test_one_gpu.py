@@ -18,7 +18,7 @@ import tiny
 from midstream.config import Machine, Rows
 from midstream.study.stages import Trained
 from midstream.study.store import Ledger, Stopped
-from midstream.train import float8, parallel
+from midstream.train import parallel
 from midstream.train.parallel import Place
 from ranked import run_ranks
 
@@ -128,7 +128,7 @@ def test_blocks_in_float8_learn_as_those_in_bfloat16_sharded_or_not(
     pytest.importorskip("torchao")
     if DEVICE == "cpu":
         monkeypatch.setattr(parallel, "check_float8", lambda device: None)
-        monkeypatch.setitem(float8._SETTINGS, "emulate", True)
+        monkeypatch.setitem(parallel._FLOAT8_SETTINGS, "emulate", True)
 
     def run(name: str, changed: Callable[[Place], Place] = lambda place: place) -> list[float]:
         mine = store(tiny_ledger, tmp_path / name, "text")

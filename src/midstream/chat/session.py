@@ -255,7 +255,10 @@ class ChatSession:
         ids, at = self._laid_out(question)
         held = self.max_positions - self._conversation.room
         if held + len(ids) >= self.max_positions:
-            fits = len(ids) + self._num_patches < self.max_positions
+            pictures = 0 if self._features is None else len(self._features)
+            shown = pictures * self.opened.vlm.config.image_tokens
+            shown += len(self.opened.codec.begin_ids) * bool(pictures)
+            fits = len(ids) + shown < self.max_positions
             raise ValueError(
                 f"the question needs {len(ids)} tokens and the conversation holds {held} "
                 f"positions; the model was trained on {self.max_positions} at most: "
@@ -324,13 +327,6 @@ class ChatSession:
         if num_tokens == self.settings.max_new_tokens:
             return f"the answer was cut at {num_tokens} tokens (max_new_tokens)"
         return None
-
-    @property
-    def _num_patches(self) -> int:
-        if self._features is None:
-            return 0
-        shown = len(self._features) * self.opened.vlm.config.image_tokens
-        return shown + len(self.opened.codec.begin_ids)
 
     def _look(self, picture: Path) -> Tensor:
         config = self.opened.vlm.config.encoder

@@ -24,7 +24,6 @@ from midstream.config.connectors import GatedBlocks as GatedBlocks
 from midstream.config.connectors import PixelShuffle as PixelShuffle
 from midstream.config.connectors import ProjectorConfig as ProjectorConfig
 from midstream.config.connectors import Resampler as Resampler
-from midstream.config.data import NO_BEGIN as NO_BEGIN
 from midstream.config.data import OWN_RULE as OWN_RULE
 from midstream.config.data import ExpectedSource as ExpectedSource
 from midstream.config.data import PocketWorld as PocketWorld
@@ -41,7 +40,6 @@ from midstream.config.model import DECODERS as DECODERS
 from midstream.config.model import AnyDecoderConfig as AnyDecoderConfig
 from midstream.config.model import AnyEncoderConfig as AnyEncoderConfig
 from midstream.config.model import Attention as Attention
-from midstream.config.model import Colour as Colour
 from midstream.config.model import DecoderConfig as DecoderConfig
 from midstream.config.model import EncoderConfig as EncoderConfig
 from midstream.config.model import FeatureType as FeatureType
@@ -60,7 +58,6 @@ from midstream.config.training import Evaluation as Evaluation
 from midstream.config.training import FewShot as FewShot
 from midstream.config.training import LoRA as LoRA
 from midstream.config.training import Machine as Machine
-from midstream.config.training import Schedule as Schedule
 from midstream.config.training import SlurmResources as SlurmResources
 from midstream.config.training import SlurmSettings as SlurmSettings
 from midstream.config.training import StageKind as StageKind

@@ -10,8 +10,6 @@ from pydantic import Field, model_validator
 from midstream.config.base import Config, Positive
 from midstream.config.connectors import ProjectorConfig
 
-# ------------------------------------------------------------------------------ the decoder
-
 
 class DecoderConfig(Config):
     """An OpenLM decoder (open_lm/model.py; recipe of DCLM-1B: qk-norm, gain-only LayerNorm)."""
@@ -85,7 +83,6 @@ class TransformersDecoderConfig(Config):
 
 AnyDecoderConfig = Annotated[DecoderConfig | TransformersDecoderConfig, Field(discriminator="kind")]
 
-# ------------------------------------------------------------------------------ the encoder
 
 Colour = tuple[float, float, float]
 # float32 rounds nothing: stock Llava classes, which do not round, then see what training saw.
@@ -239,7 +236,41 @@ AnyEncoderConfig = Annotated[
     EncoderConfig | FusedEncoder | PatchProjection, Field(discriminator="kind")
 ]
 
-# --------------------------------------------------------------------------------- together
+
+def at_size(encoder: AnyEncoderConfig, image_size: int, *, owned: bool) -> AnyEncoderConfig:
+    """The encoder on square pictures of another size, in more or fewer patches.
+
+    One that the model owns has positions of that size; of a frozen one those that its weights hold
+    are interpolated in every pass. Raises ValueError for a size that the patches do not fill, with
+    the nearest that they do.
+    """
+    if image_size == encoder.image_size:
+        return encoder
+    if isinstance(encoder, FusedEncoder):
+        towers = tuple(_tower_at(tower, image_size, owned=owned) for tower in encoder.towers)
+        return FusedEncoder(towers=towers, feature_dtype=encoder.feature_dtype)
+    if isinstance(encoder, EncoderConfig):
+        return _tower_at(encoder, image_size, owned=owned)
+    _check_filled(encoder.patch_size, image_size)
+    return encoder.model_copy(update={"image_size": image_size})
+
+
+def _tower_at(tower: EncoderConfig, image_size: int, *, owned: bool) -> EncoderConfig:
+    _check_filled(tower.patch_size, image_size)
+    held = image_size if owned else tower.position_size or tower.image_size
+    if not owned and held == image_size:
+        # Back at its own size: the encoder that it was.
+        return tower.model_copy(update={"image_size": image_size, "position_size": None})
+    return tower.model_copy(update={"image_size": image_size, "position_size": held})
+
+
+def _check_filled(patch_size: int, image_size: int) -> None:
+    if rest := image_size % patch_size:
+        near = sorted({max(image_size - rest, patch_size), image_size - rest + patch_size})
+        raise ValueError(
+            f"image_size {image_size} is no multiple of the encoder's patch_size {patch_size}; "
+            f"choose {' or '.join(map(str, near))}"
+        )
 
 
 Attention = Literal["causal", "segments", "prefix", "pictures", "latest"]
@@ -322,11 +353,6 @@ def weight_flops(config: AnyDecoderConfig) -> float:
 def attention_flops(config: AnyDecoderConfig) -> float:
     """Forward FLOPs of one position that looks at another, in all blocks: scores and mixing."""
     return 4.0 * config.hidden_size * config.num_layers
-
-
-def decoder_flops(config: AnyDecoderConfig, *, context: float | int) -> float:
-    """Forward FLOPs of one position without the head, attending to `context` positions."""
-    return weight_flops(config) + attention_flops(config) * context
 
 
 # How a step goes about it, for those who do it (`model/`, `data/images.py`) and those who count it.

@@ -349,12 +349,10 @@ class SlurmSettings(SlurmResources):
 
     def resources(self, kind: StageKind) -> SlurmResources:
         """What a job of this kind of stage asks for: its own values, else those of all."""
-        names = SlurmResources.model_fields
-        common = {name: getattr(self, name) for name in names}
         own = self.stages.get(kind, SlurmResources())
-        given = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
+        common = self.model_dump(include=set(SlurmResources.model_fields))
         extra = {**self.extra, **own.extra}
-        return SlurmResources.model_validate({**common, **given, "extra": extra})
+        return SlurmResources(**{**common, **own.model_dump(exclude_none=True), "extra": extra})
 
 
 # The share of a stage's tokens over which `moments_factor` rises.

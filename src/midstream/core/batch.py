@@ -98,10 +98,6 @@ class Batch:
         }
         return Batch(**fields)
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
-
 
 def stack_rows(rows: Sequence[Row], images: Float[Tensor, "images ..."]) -> Batch:
     """Put rows of one length into a batch; `images` are theirs, in reading order.

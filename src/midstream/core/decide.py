@@ -61,11 +61,6 @@ class Contrast:
         """The interval's upper end."""
         return None if self.stderr is None else self.mean + self.reach * self.stderr
 
-    @property
-    def half_width(self) -> float | None:
-        """Half of the interval."""
-        return None if self.stderr is None else self.reach * self.stderr
-
     def repetitions_for(self, half_width: float) -> int | None:
         """Stein's number: so many make the interval reach `half_width` at the most, judged by this
         spread; at least those that there are, None where the spread is unknown.
@@ -199,9 +194,6 @@ def trend(places: Sequence[Any]) -> dict[Any, float]:
     middle = (len(places) - 1) / 2
     squares = sum((at - middle) ** 2 for at in range(len(places)))
     return {p: (at - middle) / squares * (len(places) - 1) for at, p in enumerate(places)}
-
-
-# ------------------------------------------------------------------------------ seeds needed
 
 
 def detectable(sd: float, n: int, freedom: int) -> float:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95
+from midstream.core.decide import CONFIDENCE
+
 RESAMPLES = 2000
 # Sign flips of a paired test: p-values are known to a ten-thousandth.
 FLIPS = 10_000
@@ -32,17 +33,13 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class PairedDifference:
+class PairedDifference(Estimate):
     """Mean score of one model less that of another on the same examples.
 
-    The 95 % interval is a bootstrap's; `p_value` is two-sided, by turning over the sign of whole
-    clusters (a permutation test). None where there are fewer than two clusters.
+    `p_value` is two-sided, by turning over the sign of whole clusters (a permutation test). None
+    where there are fewer than two clusters.
     """
 
-    mean: float
-    stderr: float | None
-    low: float | None
-    high: float | None
     p_value: float | None
     num_examples: int
     num_clusters: int
@@ -86,7 +83,6 @@ def bootstrap(
     splits: Sequence[str] | None = None,
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Estimate:
     """`mean_by_split` and how it varies where clusters are drawn again with replacement.
 
@@ -109,7 +105,7 @@ def bootstrap(
     counts = np.zeros_like(totals)
     np.add.at(totals, places, np.asarray(scores, dtype=np.float64))
     np.add.at(counts, places, 1.0)
-    generator = np.random.default_rng([seed, num_clusters, len(scores)])
+    generator = np.random.default_rng([0, num_clusters, len(scores)])
     means = np.empty(resamples)
     part = max(1, _AT_ONCE // num_clusters)
     for start in range(0, resamples, part):
@@ -120,7 +116,8 @@ def bootstrap(
         with np.errstate(invalid="ignore"):
             by_split = np.where(held > 0, drawn @ totals / held, np.nan)
         means[start : start + size] = np.nanmean(by_split, axis=1)
-    low, high = _interval(means)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = map(float, np.quantile(means, [tail, 1 - tail]))
     # As many clusters as there are, less one, are free: without it the error is too small.
     stderr = float(means.std()) * math.sqrt(num_clusters / (num_clusters - 1))
     return Estimate(mean, stderr, low, high)
@@ -131,8 +128,6 @@ def paired_difference(
     other: Sequence[float],
     groups: Sequence[str] | None = None,
     splits: Sequence[str] | None = None,
-    *,
-    seed: int = 0,
 ) -> PairedDifference:
     """How much better `one` is than `other` on the same examples, in the same order.
 
@@ -141,16 +136,11 @@ def paired_difference(
     if len(one) != len(other):
         raise ValueError(f"{len(one)} scores are paired with {len(other)}; pair the same examples")
     gaps = [first - second for first, second in zip(one, other, strict=True)]
-    found = bootstrap(gaps, groups, splits, seed=seed)
+    found = bootstrap(gaps, groups, splits)
     pulls = np.array(_pulls(gaps, groups, splits, centred=False))
+    p_value = _sign_flip(pulls) if len(pulls) > 1 else None
     return PairedDifference(
-        found.mean,
-        found.stderr,
-        found.low,
-        found.high,
-        _sign_flip(pulls, seed) if len(pulls) > 1 else None,
-        len(gaps),
-        len(pulls),
+        **vars(found), p_value=p_value, num_examples=len(gaps), num_clusters=len(pulls)
     )
 
 
@@ -173,10 +163,10 @@ def _pulls(
     return list(pulls.values())
 
 
-def _sign_flip(pulls: np.ndarray, seed: int) -> float:
+def _sign_flip(pulls: np.ndarray) -> float:
     """How often signs turned at random make a difference at least as large."""
     seen = abs(float(pulls.sum()))
-    generator = np.random.default_rng([seed, len(pulls), 1])
+    generator = np.random.default_rng([0, len(pulls), 1])
     as_large, part = 0, max(1, _AT_ONCE // len(pulls))
     for start in range(0, FLIPS, part):
         size = min(part, FLIPS - start)
@@ -184,9 +174,3 @@ def _sign_flip(pulls: np.ndarray, seed: int) -> float:
         # Sums of the same numbers in another order differ in the last bits.
         as_large += int((np.abs(signs @ pulls) >= seen * (1 - 1e-9) - 1e-15).sum())
     return (1 + as_large) / (1 + FLIPS)
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)

@@ -34,15 +34,7 @@ class TokenCount:
         return self.seen + self.pad
 
     def __add__(self, other: "TokenCount") -> "TokenCount":
-        return TokenCount(
-            text=self.text + other.text,
-            caption=self.caption + other.caption,
-            instruct=self.instruct + other.instruct,
-            image=self.image + other.image,
-            pad=self.pad + other.pad,
-            target=self.target + other.target,
-            interleaved=self.interleaved + other.interleaved,
-        )
+        return TokenCount(**{name: own + getattr(other, name) for name, own in vars(self).items()})
 
 
 def shown_name(num_pictures: int) -> str:

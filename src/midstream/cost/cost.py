@@ -62,12 +62,7 @@ class Flops:
         return self.decoder + self.head + self.encoder + self.projector
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(
-            self.decoder + other.decoder,
-            self.head + other.head,
-            self.encoder + other.encoder,
-            self.projector + other.projector,
-        )
+        return Flops(**{name: own + getattr(other, name) for name, own in vars(self).items()})
 
 
 @dataclass(frozen=True)

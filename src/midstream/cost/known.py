@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from midstream.config import Caption, ExpectedSource, PublicFolder
+from midstream.config import Caption, PublicFolder
 from midstream.core.identity import PREPARED, SECTIONS
 from midstream.core.tokens import num_shown
 from midstream.study.results import Lengths, SourceResult
@@ -119,7 +119,10 @@ def facts_of(
     """A source counted where its stage is done, else as the recipe expects it; None for neither,
     and where pictures lack the caption that is asked."""
     if ledger is None or not ledger.is_done(source):
-        return None if source.expected is None else facts_of_expected(source.expected)
+        if (told := source.expected) is None:
+            return None
+        counts = (told.num_examples, told.num_tokens, told.num_images)
+        return _facts(told.kind, counts, told.num_targets)
     seen = ledger.result(source, SourceResult).with_caption(caption)
     return None if seen is None else facts_of_results(seen)
 
@@ -142,12 +145,6 @@ def facts_of_results(source: SourceResult) -> Facts:
         source.distinct_images,
         source.lengths,
     )
-
-
-def facts_of_expected(source: ExpectedSource) -> Facts:
-    """From what a recipe expects."""
-    counts = (source.num_examples, source.num_tokens, source.num_images)
-    return _facts(source.kind, counts, source.num_targets)
 
 
 def facts_of_text(tokens: int) -> Facts:

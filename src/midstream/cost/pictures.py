@@ -36,7 +36,6 @@ LEAST_VIEWS = 1.5
 FEATURE_FORMAT = 1
 
 Seeing = Continue | Finetune
-Frozen = EncoderStage
 Draw = tuple[int, Literal["permutation", "replacement"], Number]
 
 
@@ -58,7 +57,7 @@ class FeaturePlan:
     are forward passes; `training_flops` is all that these stages compute with live features.
     """
 
-    encoder: Frozen
+    encoder: EncoderStage
     config: PretrainedEncoder
     pictures: Number | None
     views: Number | None
@@ -137,7 +136,7 @@ def _times(count: Number | None, each: Number) -> Number | None:
 
 
 def feature_folder(
-    ledger: Ledger, encoder: Frozen, seen: AnyEncoderConfig | None = None
+    ledger: Ledger, encoder: EncoderStage, seen: AnyEncoderConfig | None = None
 ) -> Path | None:
     """Where the features of an encoder lie in the store, on pictures of its own size or, `seen`, of
     another; None until it is there.
@@ -214,7 +213,7 @@ def choice_for(stage: Stage, plans: Sequence[FeaturePlan]) -> Choice | None:
     )
 
 
-def frozen_encoder(stage: Stage) -> Frozen | None:
+def frozen_encoder(stage: Stage) -> EncoderStage | None:
     """The frozen encoder that a stage trains behind; None where the model owns one or is blind."""
     if not isinstance(stage, Continue | Finetune) or stage.model.owns_encoder:
         return None

@@ -118,9 +118,7 @@ class Counted:
         if (other := self.seen.get(caption)) is None:
             return self
         return replace(
-            self,
-            tokens=round(other["num_tokens"]),
-            longest=_longest_of(other.get("longest", {})),
+            self, tokens=round(other["num_tokens"]), longest=_longest_of(other.get("longest", {}))
         )
 
 

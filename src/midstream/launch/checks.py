@@ -42,6 +42,7 @@ from midstream.study.stages import (
     came_from,
 )
 from midstream.study.store import Ledger
+from midstream.study.studies import AnyStudy
 
 REMEDY = "mend the benchmark, or leave the task out"
 
@@ -131,10 +132,7 @@ GIB = 2**30
 
 
 def problems(
-    plan: Plan,
-    ledger: Ledger,
-    needed_bytes: Number | None = None,
-    read: ReadTasks | None = None,
+    plan: Plan, ledger: Ledger, needed_bytes: Number | None = None, read: ReadTasks | None = None
 ) -> tuple[Problem, ...]:
     """All that is wrong with what is left of a plan, the gravest level first; `read` is what its
     benchmarks told, where they were read already.
@@ -144,7 +142,7 @@ def problems(
     """
     stages = [row.stage for row in plan.to_run]
     found = [
-        *_missing(plan),
+        *lacking(plan.study),
         *_imports(stages),
         *_milestones(stages),
         *_starts(plan),
@@ -164,11 +162,12 @@ def problems_of_run(plan: Plan, ledger: Ledger, machine: Machine) -> tuple[Probl
     return problems(plan, ledger, priced.needed_bytes)
 
 
-def _missing(plan: Plan) -> Iterator[Problem]:
-    if missing := missing_inputs(plan.study):
-        can = what_can_run(plan.study)
+def lacking(study: AnyStudy) -> Iterator[Problem]:
+    """What a study was planned without."""
+    if missing := missing_inputs(study):
+        can = what_can_run(study)
         yield Problem(
-            f"{plan.study.name} was planned without {', '.join(missing)}",
+            f"{study.name} was planned without {', '.join(missing)}",
             "name their folders in the recipe's arguments (--set)" + (f"; {can}" if can else ""),
             level="lacking",
         )

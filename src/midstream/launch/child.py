@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from midstream.config import Machine
 from midstream.launch.workers import STOPPED_EXIT_CODE, worker_environment
+from midstream.launch.workers import Event as Event
 
-Event = dict[str, Any]
 # What a work's last event is called, by the code that its process ends with; else "failed".
 ENDS = {0: "done", STOPPED_EXIT_CODE: "stopped"}
 

@@ -142,12 +142,7 @@ class Board:
     def _view(self, stage: Stage, state: State, job: str | None) -> StageView:
         costs = self._costs[stage.name]
         view = StageView(
-            stage.name,
-            self.labels[stage.name],
-            stage.kind,
-            state,
-            flops=costs.flops,
-            job=job,
+            stage.name, self.labels[stage.name], stage.kind, state, flops=costs.flops, job=job
         )
         if state in ("new", "done"):
             return view

@@ -11,12 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from midstream.config import Machine
 from midstream.core.tokens import counted
-from midstream.cost.graph import Plan, PlanRow, missing_inputs, plan
+from midstream.cost.graph import Plan, PlanRow, plan
 from midstream.cost.pictures import FeaturePlan, choice_for, feature_plan, frozen_encoder
 from midstream.launch.check_data import Problem, refused
-from midstream.launch.checks import problems_of_run
+from midstream.launch.checks import lacking, problems_of_run
 from midstream.launch.workers import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE, Event
-from midstream.study.imported import what_can_run
 from midstream.study.label import label
 from midstream.study.lease import STALE_SECONDS
 from midstream.study.stages import DataStage, Stage
@@ -370,12 +369,8 @@ def run_study(
 
 def require_inputs(study: AnyStudy) -> None:
     """Raises ValueError for a study that was planned without its data or checkpoints."""
-    if missing := missing_inputs(study):
-        can = what_can_run(study)
-        raise ValueError(
-            f"{study.name} was planned without {', '.join(missing)}; name their folders in the "
-            f"recipe's arguments (--set){'' if can is None else f'; {can}'}"
-        )
+    for problem in lacking(study):
+        raise ValueError(str(problem))
 
 
 def require_not_running(

@@ -15,10 +15,10 @@ from rich.table import Table
 from midstream.core.tokens import counted
 from midstream.cost.graph import Plan, older_stages
 from midstream.launch.check_data import Level, Problem
+from midstream.launch.workers import Event
 from midstream.study.results import StageResult
 from midstream.study.store import Ledger, State
 
-Event = dict[str, Any]
 # Where standard output is no terminal, a stage prints its progress this often.
 QUIET_SECONDS = 10.0
 STATES: tuple[State, ...] = ("done", "running", "stopped", "failed", "new")

@@ -18,8 +18,6 @@ from midstream.config import DecoderConfig
 from midstream.model.attention import Mask, attend
 from midstream.model.weights import Embedding, Initialiser, Linear, generator
 
-# ----------------------------------------------------------------------------------- the cache
-
 
 @dataclass
 class Cache:
@@ -63,9 +61,6 @@ def check_room(held: int, new: int, room: int, mask: object) -> None:
         raise ValueError(f"the cache holds {held} positions; a mask must say who sees")
     if held + new > room:
         raise ValueError(f"the cache has room for {room} positions, {held + new} are needed")
-
-
-# ------------------------------------------------------------------------------- the decoder
 
 
 def compute_dtype(like: Tensor) -> torch.dtype:

@@ -27,8 +27,6 @@ _LENGTHS, _CONTINUATIONS = 16, 4
 # Positions of continuations whose logits are made together, at most; and for each row of a batch.
 _POSITIONS_AT_ONCE, _POSITIONS_OF_ROW = 256, 4
 
-# -------------------------------------------------------------------------------- many prompts
-
 
 @torch.no_grad()
 def generate(
@@ -128,9 +126,6 @@ def _go_on(
             :, -1
         ]
     return results
-
-
-# ----------------------------------------------------------------------------- log-likelihoods
 
 
 @torch.no_grad()
@@ -250,11 +245,7 @@ def _read_on(
 
 @torch.no_grad()
 def sequence_logprobs(
-    vlm: VLM,
-    sequences: list[list[int]],
-    starts: list[int],
-    *,
-    batch_size: int,
+    vlm: VLM, sequences: list[list[int]], starts: list[int], *, batch_size: int
 ) -> list[tuple[float, bool]]:
     """For each sequence the log-probability of its tokens from `start` on, and whether each of
     them is the most likely one at its place.

@@ -22,8 +22,6 @@ from midstream.model.attention import attend_blocks
 from midstream.model.decoder import check_room, select
 from midstream.model.weights import Initialiser
 
-# -------------------------------------------------------------------------------- the families
-
 _TABLES = tomllib.loads(Path(__file__).with_name("language_models.toml").read_text("utf-8"))
 # The models that have a `model_type`.
 FAMILIES: dict[str, str] = _TABLES["families"]
@@ -67,9 +65,6 @@ def _checked(config: Any) -> Any:
     return config
 
 
-# ------------------------------------------------------------------------------ configurations
-
-
 def describe(hf_config: Any) -> TransformersDecoderConfig:
     """Our configuration of one of `transformers`, as `AutoConfig` reads it.
 
@@ -92,7 +87,7 @@ def describe(hf_config: Any) -> TransformersDecoderConfig:
         num_layers=hf_config.num_hidden_layers,
         num_heads=hf_config.num_attention_heads,
         vocab_size=hf_config.vocab_size,
-        num_parameters=_count(model),
+        num_parameters=model.num_parameters(),
         tied_embeddings=tied,
     )
 
@@ -190,14 +185,7 @@ def _build(hf_config: Any) -> Any:
     return model
 
 
-def _count(model: nn.Module) -> int:
-    """All parameters; a tied one once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 PREFIX = "model."
-
-# ----------------------------------------------------------------------------------- the cache
 
 
 class TransformersCache:
@@ -233,9 +221,6 @@ class TransformersCache:
         return whole
 
 
-# --------------------------------------------------------------------------------- the decoder
-
-
 class TransformersDecoder(nn.Module):
     """A causal language model of `transformers`; unset (NaN) until initialised or loaded.
 
@@ -246,7 +231,7 @@ class TransformersDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = _build(transformers_config(config))
-        _agree("num_parameters", config.num_parameters, _count(self.model))
+        _agree("num_parameters", config.num_parameters, self.model.num_parameters())
         # transformers keeps the gradient from the row of its padding id, which may be the
         # end-of-text token's; our padding has no targets and needs no row of its own.
         self.model.get_input_embeddings().padding_idx = None

@@ -57,10 +57,8 @@ class Projector(nn.Sequential):
 
 def build_reduction(config: Reduction, width: int) -> nn.Module:
     """The module of a reduction over features of this width, unset (NaN) until initialised."""
-    if isinstance(config, PixelShuffle):
-        return Shuffle(config.window)
-    if isinstance(config, AveragePool):
-        return Average(config.window)
+    if isinstance(config, PixelShuffle | AveragePool):
+        return Windows(config)
     if isinstance(config, AttentionPool):
         return WindowAttention(config, width)
     return Perceiver(config, width)
@@ -77,32 +75,20 @@ def windows_of(
     return cut.reshape(images, left * left, window * window, width)
 
 
-class Shuffle(nn.Module):
-    """The patches of each window side by side."""
+class Windows(nn.Module):
+    """The patches of each window side by side, or their mean."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, config: PixelShuffle | AveragePool) -> None:
         super().__init__()
-        self.window = window
+        self.config = config
 
     def forward(
         self, features: Float[Tensor, "images patches width"]
-    ) -> Float[Tensor, "images left wider"]:
-        """[images, patches, width] -> [images, patches / window², width * window²]."""
-        return windows_of(features, self.window).flatten(2)
-
-
-class Average(nn.Module):
-    """The mean of each window."""
-
-    def __init__(self, window: int) -> None:
-        super().__init__()
-        self.window = window
-
-    def forward(
-        self, features: Float[Tensor, "images patches width"]
-    ) -> Float[Tensor, "images left width"]:
-        """[images, patches, width] -> [images, patches / window², width]."""
-        return windows_of(features, self.window).mean(dim=2)
+    ) -> Float[Tensor, "images left wide"]:
+        """[images, patches, width] -> [images, patches / window², width * window², or width]."""
+        windows = windows_of(features, self.config.window)
+        shuffles = isinstance(self.config, PixelShuffle)
+        return windows.flatten(2) if shuffles else windows.mean(dim=2)
 
 
 class WindowAttention(nn.Module):

@@ -204,9 +204,6 @@ def embed_parts(
     return Embedded(embeddings, id_tensor(held, vlm), pictures, kept)
 
 
-# ------------------------------------------------------------------------------------- reading
-
-
 @dataclass
 class State:
     """Rows that have been read: which columns of the cache are held, and the last hidden state."""
@@ -376,9 +373,6 @@ def _prefix_end(prompt: Prompt, width: int) -> int:
     whole, end = prompt.head.then(prompt.rest), prompt.prefix
     end = len(whole.ids) if end is None else end
     return end + width * sum(place < end for place, _ in whole.pictures)
-
-
-# ------------------------------------------------------------------------------------- batches
 
 
 def parts_of(members: list[Item], size: int) -> Iterator[list[Item]]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, PatchProjection
-from midstream.config.resolution import at_size
+from midstream.config.model import at_size
 from midstream.model.weights import Initialiser, Linear, fill, read_tensors
 
 # Of a whole tower, what no features are made of: the pooling head, and what masked training used.
@@ -160,9 +160,6 @@ class PatchMap(VisionEncoder):
         return {"projection.weight": uniform, "projection.bias": uniform}
 
 
-# ---------------------------------------------------------------------------------- loading
-
-
 def load_encoder(
     encoder: VisionEncoder, path: Path, held: AnyEncoderConfig | None = None
 ) -> tuple[str, ...]:
@@ -234,9 +231,6 @@ def _is_unused(name: str, encoder: Tower) -> bool:
     above = block is not None and int(block.group(1)) >= num_blocks(encoder.settings)
     norm = not encoder.settings.final_norm and name.startswith(_NORMS)
     return above or norm or _UNUSED.match(name) is not None
-
-
-# ----------------------------------------------------------------------------------- towers
 
 
 def library_config(config: EncoderConfig) -> Any:
@@ -341,9 +335,6 @@ def _renormalised(pixels: Tensor, given: EncoderConfig, wanted: EncoderConfig) -
 
     plain = pixels * channels(given.pixel_std) + channels(given.pixel_mean)
     return (plain - channels(wanted.pixel_mean)) / channels(wanted.pixel_std)
-
-
-# ---------------------------------------------------------------------------- initialisation
 
 
 @torch.no_grad()

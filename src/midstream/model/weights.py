@@ -49,8 +49,6 @@ _NUMBERS: list[Any] = [
     *(type(numpy.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")),
 ]
 
-# ------------------------------------------------------------------------ a module's weights
-
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """Write a module's tensors as a safetensors file, completely or not at all."""
@@ -202,9 +200,6 @@ def _plain(value: Tensor) -> Tensor:
 
 def _shown(name: str, tensors: Mapping[str, Tensor]) -> str:
     return f"{name} {list(tensors[name].shape)}"
-
-
-# ---------------------------------------------------------------------------- files of others
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -20,15 +20,7 @@ from midstream.config import (
     Resampler,
 )
 from midstream.recipes.pocket import SEVERAL_TASKS
-from midstream.recipes.scales import (
-    DATACOMP_DR,
-    Model,
-    Scale,
-    Settings,
-    find_scale,
-    line,
-    percent,
-)
+from midstream.recipes.scales import DATACOMP_DR, Model, Scale, Settings, find_scale, line, percent
 from midstream.study.studies import Axis, Claim, Figure, Study
 
 # Ours (U): three tenths of the image-text tokens are of pictures and what is said of them.
@@ -119,11 +111,7 @@ def _claim(text: str, score: str, higher: float, lower: float, shots: str = "non
 
 def _behind(scale: Scale, number: int) -> Scale:
     """The scale asked about single pictures behind so many shots."""
-    update = {
-        "visual_tasks": ("vqav2",),
-        "text_tasks": (),
-        "few_shot": FewShot(num_shots=number),
-    }
+    update = {"visual_tasks": ("vqav2",), "text_tasks": (), "few_shot": FewShot(num_shots=number)}
     return replace(scale, asked=scale.asked.model_copy(update=update))
 
 

@@ -14,15 +14,7 @@ from typing import Unpack
 
 from midstream.config import DecoderConfig, PublicFolder, WarmupCosine
 from midstream.core.storage import read_json
-from midstream.recipes.scales import (
-    Model,
-    Scale,
-    Settings,
-    find_scale,
-    line,
-    percent,
-    share_label,
-)
+from midstream.recipes.scales import Model, Scale, Settings, find_scale, line, percent, share_label
 from midstream.study.axes import with_field
 from midstream.study.stages import Continue, Finetune, Pretrain
 from midstream.study.studies import Figure, Ladder, Line, Study
@@ -59,7 +51,8 @@ def sizes(
         raise ValueError(f"scale is 'pocket' or 'paper', and sizes name its sizes, not {scale!r}")
     named: Sequence[int | str] = sizes or (WIDTHS if scale == "pocket" else PAPER)
     found = {str(name): _scale(scale, name, given) for name in named}
-    axis = {name: _millions(one) for name, one in found.items()}
+    # To four digits.
+    axis = {n: float(f"{at.decoder.num_parameters / 1e6:.4g}") for n, at in found.items()}
     top = str(predict) if predict is not None else max(axis, key=axis.__getitem__)
     _check(axis, top, seeds)
     points = [
@@ -125,11 +118,6 @@ def _scale(kind: str, name: int | str, given: Settings) -> Scale:
         rewarm=at.rewarm.model_copy(update={"peak_rate": at.rewarm.peak_rate * slower}),
         finetune_rate=at.finetune_rate * slower,
     )
-
-
-def _millions(scale: Scale) -> float:
-    """A size's place on the axis, to four digits."""
-    return float(f"{scale.decoder.num_parameters / 1e6:.4g}")
 
 
 def _check(axis: Mapping[str, float], predict: str, seeds: Sequence[int]) -> None:

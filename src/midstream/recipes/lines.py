@@ -46,7 +46,6 @@ from midstream.study.studies import Figure, Line, Study
 END_RATE = 3e-5
 # The text run has no rate to continue there, so that it is warmed up again (paper, section 3.1).
 REWARMED = (0.0, 1.0)
-FINETUNING = AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0)
 
 
 def image_text_schedule(completion: float, rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
@@ -54,6 +53,20 @@ def image_text_schedule(completion: float, rewarm_rate: float) -> WarmupCosine |
     if completion in REWARMED:
         return WarmupCosine(peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05)
     return ContinuedCosine(end_rate=END_RATE)
+
+
+def finetuning(
+    budget: Budget, rows: Rows, *, rate: float, seed: int, encoder_rate_factor: float | None
+) -> Training:
+    """Fine-tuning on conversations, as Prismatic's: its own schedule, matrices decay alone."""
+    return Training(
+        budget=budget,
+        rows=rows,
+        optimizer=AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0),
+        schedule=WarmupCosine(peak_rate=rate, end_rate=0.0, warmup_fraction=0.05),
+        encoder_rate_factor=encoder_rate_factor,
+        seed=seed,
+    )
 
 
 def finetuned_line(
@@ -68,22 +81,16 @@ def finetuned_line(
 
     An encoder that the image-text stage trains is trained here too.
     """
-    seed = continued.training.seed
-    finetuned = Finetune(
-        start=continued,
-        training=Training(
-            budget=budget,
-            rows=rows or continued.training.rows,
-            optimizer=FINETUNING,
-            schedule=WarmupCosine(peak_rate=rate, end_rate=0.0, warmup_fraction=0.05),
-            encoder_rate_factor=continued.training.encoder_rate_factor,
-            seed=seed,
-        ),
+    before = continued.training
+    factor, seed = before.encoder_rate_factor, before.seed
+    training = finetuning(
+        budget, rows or before.rows, rate=rate, seed=seed, encoder_rate_factor=factor
     )
+    tuned = Finetune(start=continued, training=training)
     return Line(
         name=f"text {completion:.0%}, seed {seed}",
         axes={"text_completion": completion * 100, "seed": seed},
-        result=Evaluate(of=finetuned, evaluation=asked),
+        result=Evaluate(of=tuned, evaluation=asked),
     )
 
 
@@ -336,55 +343,43 @@ def text_mixture_of(given: TextGiven) -> TextMixture | None:
     return tuple((source, float(share)) for source, share in shares.items())
 
 
-def _text(name: str, examples: int, tokens: int) -> ExpectedSource:
-    return ExpectedSource(
-        name=name, kind="text", num_examples=examples, num_tokens=tokens, num_targets=tokens
-    )
+_EXPECTED_FIELDS = ("name", "kind", "num_examples", "num_images", "num_tokens", "num_targets")
 
 
+def expected_sources(*rows: tuple[str | int, ...]) -> tuple[ExpectedSource, ...]:
+    """A table: name, kind, examples, pictures, text tokens and targets of each source."""
+    named = (dict(zip(_EXPECTED_FIELDS, row, strict=True)) for row in rows)
+    return tuple(map(ExpectedSource.model_validate, named))
+
+
+def _captioned(name: str, pictures: int) -> tuple[str | int, ...]:
+    return (name, "caption", pictures, pictures, 30 * pictures, 29 * pictures)
+
+
+_DCLM_TOKENS = round(_DCLM * _TEXT_TOKENS)
+_CODE_TOKENS, _MATHS_TOKENS = round(_CODE * _TEXT_TOKENS), round(_MATHS * _TEXT_TOKENS)
+_TALKS = 624_610
 # K: numbers of pictures (DataComp-1B and its DR, CC12M as on the hub, LLaVA's without text-only
 # conversations) and of all text tokens. I: tokens by text source, from the shares. U: documents of
 # a text source, MathPile's 9.5B tokens, caption length (30 tokens with its separators), text of a
 # conversation (the 295 positions that 729 patches leave of 1,024, 120 of them answers).
 # Shutterstock is private: as many as CC12M.
-EXPECTED = (
-    _text("dclm", 2_950_000_000, round(_DCLM * _TEXT_TOKENS)),
-    _text("starcoder", 207_000_000, round(_CODE * _TEXT_TOKENS)),
-    _text("proofpile", 22_000_000, round(_MATHS * _TEXT_TOKENS)),
-    _text("mathpile", 900_000, 9_500_000_000),
-    *(
-        ExpectedSource(
-            name=name,
-            kind="caption",
-            num_examples=number,
-            num_images=number,
-            num_tokens=30 * number,
-            num_targets=29 * number,
-        )
-        for name, number in (
-            ("datacompdr", 1_280_000_000),
-            ("datacomp", 1_280_000_000),
-            ("cc12m", 10_970_000),
-            ("shutterstock", 10_970_000),
-        )
-    ),
-    ExpectedSource(
-        name="llava",
-        kind="instruct",
-        num_examples=624_610,
-        num_images=624_610,
-        num_tokens=295 * 624_610,
-        num_targets=120 * 624_610,
-    ),
-    # K: documents, pictures and text tokens of OBELICS (arXiv 2306.16527, abstract), with a
-    # separator behind each picture and an end of each document.
-    ExpectedSource(
-        name="obelics",
-        kind="interleaved",
-        num_examples=141_000_000,
-        num_images=353_000_000,
-        num_tokens=115_000_000_000 + 353_000_000 + 141_000_000,
-        num_targets=115_000_000_000 + 141_000_000,
+# OBELICS: documents, pictures and text tokens K (arXiv 2306.16527, abstract), with a separator
+# behind each picture and an end of each document.
+_PAGES, _PAGE_PICTURES, _PAGE_TOKENS = 141_000_000, 353_000_000, 115_000_000_000
+EXPECTED = expected_sources(
+    ("dclm", "text", 2_950_000_000, 0, _DCLM_TOKENS, _DCLM_TOKENS),
+    ("starcoder", "text", 207_000_000, 0, _CODE_TOKENS, _CODE_TOKENS),
+    ("proofpile", "text", 22_000_000, 0, _MATHS_TOKENS, _MATHS_TOKENS),
+    ("mathpile", "text", 900_000, 0, 9_500_000_000, 9_500_000_000),
+    _captioned("datacompdr", 1_280_000_000),
+    _captioned("datacomp", 1_280_000_000),
+    _captioned("cc12m", 10_970_000),
+    _captioned("shutterstock", 10_970_000),
+    ("llava", "instruct", _TALKS, _TALKS, 295 * _TALKS, 120 * _TALKS),
+    (
+        *("obelics", "interleaved", _PAGES, _PAGE_PICTURES),
+        *(_PAGE_TOKENS + _PAGE_PICTURES + _PAGES, _PAGE_TOKENS + _PAGES),
     ),
 )
 

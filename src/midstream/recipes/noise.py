@@ -52,10 +52,7 @@ def levels(
 
 
 def arms(
-    scale: str = "pocket",
-    seeds: Sequence[int] = (),
-    epochs: int = 4,
-    **given: Unpack[Settings],
+    scale: str = "pocket", seeds: Sequence[int] = (), epochs: int = 4, **given: Unpack[Settings]
 ) -> Study:
     """An A/A study: two arms of one recipe with seeds of their own; "the same" is right.
 

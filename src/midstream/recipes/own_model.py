@@ -26,7 +26,7 @@ from midstream.config import (
 from midstream.config.training import pool_of
 from midstream.core.identity import world_fingerprint
 from midstream.core.storage import read_json
-from midstream.recipes.lines import END_RATE, FINETUNING, finetuned_line, text_only
+from midstream.recipes.lines import END_RATE, finetuned_line, finetuning, text_only
 from midstream.study.imported import ImportRecord, as_imported, load_model, read_import
 from midstream.study.stages import (
     Continue,
@@ -113,7 +113,9 @@ def image_shares(
             ),
         )
         line = finetuned_line(continued, talks, finetune_rate, asked, 1.0)
-        lines.append(_renamed(line, share, seed))
+        axes = {"image_share": share * 100, "seed": seed}
+        name = f"{share * 100:g}% images, seed {seed}"
+        lines.append(line.model_copy(update={"name": name, "axes": axes}))
     return Study(
         name="own_model.image_shares",
         question="What share of images should this language model see?",
@@ -146,18 +148,14 @@ def fine_tuning(
     asked = _asked(root, limit, max_new_tokens)
     lines = []
     for seed in seeds:
-        tuned = Finetune(
-            start=whole,
-            training=Training(
-                budget=Epochs(sources=_sources(root, "instruct"), epochs=finetune_epochs),
-                rows=Rows(row_length=row_length, batch_rows=batch_rows),
-                optimizer=FINETUNING,
-                schedule=WarmupCosine(peak_rate=finetune_rate, end_rate=0.0, warmup_fraction=0.05),
-                encoder_rate_factor=encoder_rate_factor or None,
-                seed=seed,
-            ),
+        training = finetuning(
+            Epochs(sources=_sources(root, "instruct"), epochs=finetune_epochs),
+            Rows(row_length=row_length, batch_rows=batch_rows),
+            rate=finetune_rate,
+            seed=seed,
+            encoder_rate_factor=encoder_rate_factor or None,
         )
-        result = Evaluate(of=tuned, evaluation=asked)
+        result = Evaluate(of=Finetune(start=whole, training=training), evaluation=asked)
         lines.append(Line(name=f"seed {seed}", axes={"seed": seed}, result=result))
     return Study(
         name="own_model.fine_tuning",
@@ -190,11 +188,6 @@ def _checkpoint(folder: Path, rewarm_rate: float) -> ImportRecord:
             "up again with rewarm_rate"
         )
     return record
-
-
-def _renamed(line: Line, share: float, seed: int) -> Line:
-    axes = {"image_share": share * 100, "seed": seed}
-    return line.model_copy(update={"name": f"{share * 100:g}% images, seed {seed}", "axes": axes})
 
 
 def _schedule(rewarm_rate: float) -> WarmupCosine | ContinuedCosine:

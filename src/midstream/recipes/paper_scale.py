@@ -258,12 +258,7 @@ def scale_of(
     """The paper's settings around a language model and its text run."""
     inputs, paper_rows = asked.inputs, asked.rows == "paper"
     rows, finetune_rows = (
-        (_IMAGE_PADDED, _FINETUNE_PADDED)
-        if paper_rows
-        else (
-            _IMAGE_ROWS,
-            _FINETUNE_ROWS,
-        )
+        (_IMAGE_PADDED, _FINETUNE_PADDED) if paper_rows else (_IMAGE_ROWS, _FINETUNE_ROWS)
     )
     steps = image_text_tokens / (rows.row_length * rows.batch_rows)
     encoders: dict[str, Encoder] = {

@@ -11,7 +11,6 @@ from midstream.config import (
     EncoderConfig,
     Epochs,
     Evaluation,
-    ExpectedSource,
     Mixture,
     PatchProjection,
     PocketWorld,
@@ -28,6 +27,7 @@ from midstream.recipes.lines import (
     Scale,
     TextMixture,
     arrival_of,
+    expected_sources,
 )
 from midstream.study.stages import FuseEncoders, Prepare, Pretrain, TrainEncoder
 from midstream.study.studies import Study
@@ -97,16 +97,15 @@ def text_stage(
     *,
     total_tokens: int,
     rate: float = 2e-3,
-    source: str = "web",
     milestones: Sequence[float] = MILESTONES,
 ) -> Pretrain:
-    """The text run on one source, with checkpoints along the way."""
+    """The text run, with checkpoints along the way."""
     return Pretrain(
         data=data,
         decoder=DECODER,
         milestones=tuple(milestones),
         training=Training(
-            budget=Mixture(total_tokens=total_tokens, shares=(Share(source=source, share=1.0),)),
+            budget=Mixture(total_tokens=total_tokens, shares=(Share(source="web", share=1.0),)),
             rows=TEXT_ROWS,
             schedule=WarmupCosine(peak_rate=rate, end_rate=END_RATE, warmup_fraction=0.05),
         ),
@@ -238,8 +237,7 @@ def pocket_scale(
     pictures = CaptionSet("pictures")
     main = scale(world(), {DATACOMP_DR: pictures})
     captioned = scale(
-        world(few(_ALT_TEXTS, 400)),
-        {DATACOMP_DR: pictures, "DataComp": CaptionSet("alt_texts")},
+        world(few(_ALT_TEXTS, 400)), {DATACOMP_DR: pictures, "DataComp": CaptionSet("alt_texts")}
     )
     several = scale(world(pages=few(_PAGES, 200), albums=few(_ALBUMS, 40)), {DATACOMP_DR: pictures})
     asked = several.asked.model_copy(update={"visual_tasks": (*VISUAL_TASKS, *SEVERAL_TASKS)})
@@ -248,46 +246,12 @@ def pocket_scale(
 
 
 # What the generated world holds at its full size, as prepared.
-_POCKET_EXPECTED = (
-    ExpectedSource(
-        name="web",
-        kind="text",
-        num_examples=30_000,
-        num_tokens=2_164_910,
-        num_targets=2_134_910,
-    ),
-    ExpectedSource(
-        name="pictures",
-        kind="caption",
-        num_examples=20_000,
-        num_images=20_000,
-        num_tokens=226_584,
-        num_targets=206_584,
-    ),
-    ExpectedSource(
-        name="talks",
-        kind="instruct",
-        num_examples=_CONVERSATIONS,
-        num_images=_CONVERSATIONS,
-        num_tokens=84_215,
-        num_targets=18_502,
-    ),
+_POCKET_EXPECTED = expected_sources(
+    ("web", "text", 30_000, 0, 2_164_910, 2_134_910),
+    ("pictures", "caption", 20_000, 20_000, 226_584, 206_584),
+    ("talks", "instruct", _CONVERSATIONS, _CONVERSATIONS, 84_215, 18_502),
 )
-_SEVERAL_EXPECTED = (
-    ExpectedSource(
-        name="pages",
-        kind="interleaved",
-        num_examples=_PAGES,
-        num_images=34_536,
-        num_tokens=384_699,
-        num_targets=350_163,
-    ),
-    ExpectedSource(
-        name="albums",
-        kind="instruct",
-        num_examples=_ALBUMS,
-        num_images=3_936,
-        num_tokens=50_716,
-        num_targets=7_249,
-    ),
+_SEVERAL_EXPECTED = expected_sources(
+    ("pages", "interleaved", _PAGES, 34_536, 384_699, 350_163),
+    ("albums", "instruct", _ALBUMS, 3_936, 50_716, 7_249),
 )

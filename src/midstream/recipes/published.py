@@ -3,7 +3,7 @@
 Each recipe over the language model, encoder and data of one scale.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from math import isqrt
 from typing import Unpack
@@ -23,7 +23,7 @@ from midstream.config import (
     Rows,
     Training,
 )
-from midstream.config.resolution import at_size
+from midstream.config.model import at_size
 from midstream.recipes.published_recipes import RECIPES, ImageText, Recipe, with_adapters
 from midstream.recipes.scales import Model, Scale, Settings, find_scale, finetune_stage, mixture
 from midstream.study.stages import Continue, Evaluate, Finetune, InitFrom, StartText
@@ -63,7 +63,9 @@ def table1(
         known["IDEFICS"] = with_adapters(known["IDEFICS"], lora_rank)
     if unknown := [name for name in recipes if name not in known]:
         raise ValueError(f"no recipe {unknown[0]!r}; Table 1 has {', '.join(known)}")
-    gated = [] if isinstance(at.decoder, DecoderConfig) else _with_gated_blocks(known)
+    gated = [name for name, one in known.items() if one.connector.gated_every is not None]
+    if isinstance(at.decoder, DecoderConfig):
+        gated = []
     if refused := [name for name in recipes if name in gated]:
         raise ValueError(
             f"{refused[0]}'s gated blocks stand between those of an OpenLM decoder, and {scale} is "
@@ -103,10 +105,6 @@ def table1(
 
 
 _GATED = "since gated blocks stand between those of an OpenLM decoder alone"
-
-
-def _with_gated_blocks(recipes: Mapping[str, Recipe]) -> list[str]:
-    return [name for name, one in recipes.items() if one.connector.gated_every is not None]
 
 
 def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | Finetune:

@@ -107,10 +107,7 @@ def with_adapters(recipe: Recipe, rank: int) -> Recipe:
 
 
 # Tokens, schedule and pictures of its two stages.
-_PALIGEMMA: tuple[tuple[float, Rates, float], ...] = (
-    (0.8, "plateau", 1.0),
-    (0.2, "continue", 2.0),
-)
+_PALIGEMMA: tuple[tuple[float, Rates, float], ...] = ((0.8, "plateau", 1.0), (0.2, "continue", 2.0))
 # Table 1 in its order, MM1 once for each of its ratios of image-text to text.
 RECIPES = (
     # xGen-MM. Encoder frozen, sampler and language model trained (G). A perceiver's resampler (K:
@@ -200,12 +197,7 @@ RECIPES = (
         source="Beyer et al., 2024, arXiv 2407.07726",
         image_text=tuple(
             ImageText(
-                captions=0.5,
-                instruct=0.5,
-                encoder_rate=1.0,
-                tokens=tokens,
-                schedule=how,
-                side=side,
+                captions=0.5, instruct=0.5, encoder_rate=1.0, tokens=tokens, schedule=how, side=side
             )
             for tokens, how, side in _PALIGEMMA
         ),

@@ -27,12 +27,7 @@ CAPTION_SHARES = {"flickr8k": 0.8, "emoji": 0.2}
 INSTRUCT_SHARES = {"vqa_easy": 0.45, "daquar": 0.2, "flickr_match": 0.35}
 ROWS = Rows(row_length=256, batch_rows=2, layout="filled")
 ENCODER = EncoderConfig(
-    image_size=64,
-    patch_size=16,
-    hidden_size=128,
-    num_layers=4,
-    num_heads=4,
-    intermediate_size=512,
+    image_size=64, patch_size=16, hidden_size=128, num_layers=4, num_heads=4, intermediate_size=512
 )
 VISUAL_TASKS = ("vqa_easy", "daquar", "flickr_match")
 TEXT_TASKS = ("arc_easy", "piqa", "copa")

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from midstream.config import (
     DECODERS,
-    AdamW,
     AnyDecoderConfig,
     Caption,
     ContinuedCosine,
@@ -29,6 +28,7 @@ from midstream.recipes.lines import (
     REWARMED,
     Level,
     TextGiven,
+    finetuning,
     imported,
     text_mixture_of,
     text_only,
@@ -330,16 +330,12 @@ def finetune_stage(scale: Scale, model: Model) -> Finetune:
     """Conversations for whole epochs, its own schedule each (paper, section 2.1.3, appendix D)."""
     return Finetune(
         start=image_text_stage(scale, model),
-        training=Training(
-            budget=Epochs(sources=(scale.instruct_source, *scale.talks), epochs=model.epochs),
-            rows=scale.finetune_rows,
-            # Prismatic's: matrices decay by 0.1, no z-loss; beta2 is the paper's.
-            optimizer=AdamW(weight_decay=0.1, decay="matrices", z_loss=0.0),
-            schedule=WarmupCosine(
-                peak_rate=scale.finetune_rate, end_rate=0.0, warmup_fraction=0.05
-            ),
-            encoder_rate_factor=1.0 if model.trains_encoder else None,
+        training=finetuning(
+            Epochs(sources=(scale.instruct_source, *scale.talks), epochs=model.epochs),
+            scale.finetune_rows,
+            rate=scale.finetune_rate,
             seed=model.seed,
+            encoder_rate_factor=1.0 if model.trains_encoder else None,
         ),
     )
 

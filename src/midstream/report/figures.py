@@ -20,16 +20,7 @@ Place = float | int | str
 
 # Okabe and Ito's colours and two more, told apart with every common colour vision; markers differ
 # as well.
-SERIES = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#7a5230",
-    "#7d7f00",
-)
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5230", "#7d7f00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6470", "#dde2e8", "#ffffff"
 # What each colour becomes where the reader prefers a dark page.
@@ -338,10 +329,7 @@ def _draw_curves(axes: Axes, study: Study, groups: Sequence[Group], panel: Panel
 def _look(index: int) -> dict[str, Any]:
     # Beyond the last colour the markers move on by one, so that no pair comes twice.
     turns = index // len(SERIES)
-    return {
-        "color": SERIES[index % len(SERIES)],
-        "marker": MARKERS[(index + turns) % len(MARKERS)],
-    }
+    return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[(index + turns) % len(MARKERS)]}
 
 
 def _draw_curve(

@@ -21,7 +21,6 @@ from midstream.report.line_rows import (
 from midstream.report.pairs import Examples, Gap, mean_gap
 from midstream.report.verdicts import Comparison, Sides, compare
 from midstream.study.stages import Evaluate
-from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Study
 
 KIND_NAMES = {
@@ -130,12 +129,10 @@ def findings(
     study: Study,
     rows: Sequence[LineRow],
     groups: Sequence[Group],
-    ledger: Ledger,
-    examples: Examples | None = None,
+    examples: Examples,
 ) -> list[Finding]:
     """The study's claims in their order, then for each stable score and curve its best place and
     whether it rises or falls."""
-    examples = examples or Examples(ledger)
     found = [_claim(claim, study, rows, examples) for claim in study.claims]
     if study.levels:  # draws within one another are no places to choose from
         return found + [_levels(study, rows, f"stable.{kind}") for kind in kinds_of(study)]
@@ -144,10 +141,7 @@ def findings(
             own = [group for group in groups if group.by == by]
             if len(own) > 1:
                 rise = trend_finding(study, rows, own, column)
-                found += [
-                    best_finding(study, rows, own, column),
-                    *([] if rise is None else [rise]),
-                ]
+                found += [best_finding(study, rows, own, column), *([] if rise is None else [rise])]
     return found
 
 
@@ -161,11 +155,11 @@ def best_finding(
         text = f"{name}{where}: {len(known)} of {len(groups)} places have a score; two are needed."
         return Finding(None, "", "not measured", text, study.smallest_difference)
     best, runner = known[:2]
-    sides = ((1.0, at_group(study, best)), (-1.0, at_group(study, runner)))
+    sides = versus(study, best, runner)
     comparison = compare(study, rows, column, sides, places=len(known))
     if comparison is not None and comparison.contrast.mean < 0:
         # On the repetitions that these two share it is the other way round.
-        best, runner, sides = runner, best, ((1.0, sides[1][1]), (-1.0, sides[0][1]))
+        best, runner, sides = runner, best, versus(study, runner, best)
         comparison = compare(study, rows, column, sides, places=len(known))
     rest = "" if len(known) == len(groups) else f"; {len(groups) - len(known)} places are missing"
     x, top = study.figure.x, best.spreads[column].mean or 0.0
@@ -235,6 +229,11 @@ def at_group(study: Study, group: Group) -> dict[str, Any]:
     return {study.figure.x: group.x, **by}
 
 
+def versus(study: Study, one: Group, other: Group) -> Sides:
+    """The first group less the other, as what `compare` takes."""
+    return ((1.0, at_group(study, one)), (-1.0, at_group(study, other)))
+
+
 def claim_sides(claim: Claim) -> Sides:
     """A claim as what `compare` takes."""
     return ((1.0, claim.higher), (-1.0, claim.lower))
@@ -252,9 +251,6 @@ def column_of(score: str) -> str:
 def rows_at(rows: Sequence[LineRow], at: Mapping[str, Any]) -> list[LineRow]:
     """The lines that have these values of axes."""
     return [r for r in rows if r.role == "line" and all(r.at(a) == v for a, v in at.items())]
-
-
-# ------------------------------------------------------------------------------------- claims
 
 
 def _claim(claim: Claim, study: Study, rows: Sequence[LineRow], examples: Examples) -> Finding:
@@ -307,9 +303,6 @@ def _on_examples(
     gaps = [examples.gap(ones, others, task) for task in tasks]
     known = [gap for gap in gaps if gap is not None]
     return mean_gap(known) if known and len(known) == len(gaps) else None
-
-
-# -------------------------------------------------------------------------------------- words
 
 
 def _judged(study: Study, text: str, comparison: Comparison) -> Finding:

@@ -15,17 +15,16 @@ from midstream.report.figures import Task
 from midstream.report.findings import (
     KIND_NAMES,
     Finding,
-    at_group,
     findings,
     place,
     points,
     score_name,
     signed,
+    versus,
 )
 from midstream.report.line_rows import (
     Group,
     LineRow,
-    Part,
     Snapshot,
     Spread,
     best_group,
@@ -36,8 +35,7 @@ from midstream.report.line_rows import (
     tasks_of,
     write_csv,
 )
-from midstream.report.pairs import Examples, Gap, Pair, paired_rows
-from midstream.report.seen import Seen, flat_records, seen_grid, seen_records
+from midstream.report.pairs import Examples, Gap, Pair, paired_rows, results_by_place
 from midstream.report.size_laws import Laws, ladder_grid, ladder_records, laws_of
 from midstream.report.table import (
     Grid,
@@ -50,10 +48,10 @@ from midstream.report.table import (
     view_records,
 )
 from midstream.report.verdicts import compare
-from midstream.study.results import EvaluationResult
+from midstream.study.results import EvaluationResult, PictureViews, TrainingResult
 from midstream.study.stages import Continue, Finetune, Pretrain, Stage
 from midstream.study.store import Ledger
-from midstream.study.studies import Study
+from midstream.study.studies import Line, Study
 
 TOKENS = {"pretrain": "text", "continue": "image-text", "finetune": "fine-tuning"}
 
@@ -122,6 +120,76 @@ def _range(values: Iterable[float | int]) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
+_SEEING = ("continue", "finetune")
+_HEADS = ("stage", "source", "lines", "pictures", "views of each", "seen")
+# More rows of words than these stay with the records.
+MOST_ROWS = 60
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How often a stage of a line, of this kind, showed the pictures of a source."""
+
+    line: Line
+    kind: str
+    source: str
+    views: PictureViews
+
+
+def seen_records(study: Study, ledger: Ledger) -> list[Seen]:
+    """One a line, stage and source of pictures, where the stage is done and counted them."""
+    records = []
+    for line in study.lines:
+        parts = parts_of(line.result)
+        for part in (parts[kind] for kind in _SEEING if kind in parts):
+            for stage in (*part.before, part.stage):
+                if not ledger.is_done(stage):
+                    continue
+                for name, share in ledger.result(stage, TrainingResult).sources.items():
+                    if (views := share.pictures) is not None:
+                        records.append(Seen(line, stage.kind, name, views))
+    return records
+
+
+def seen_grid(study: Study, records: list[Seen]) -> Grid:
+    """The records as words: what all repetitions at a place saw alike stands once, else as means
+    and the span of views."""
+    figure = study.figure
+    axes = [axis for axis in (figure.x, figure.by) if axis is not None]
+    alike: dict[tuple[Any, ...], list[PictureViews]] = {}
+    for one in records:
+        key = (*(one.line.axes[axis] for axis in axes), one.kind, one.source)
+        alike.setdefault(key, []).append(one.views)
+    rows = []
+    for (*at, kind, source), views in alike.items():
+        distinct, number = sum(one.distinct for one in views), sum(one.views for one in views)
+        times = sorted({pair[0] for one in views for pair in one.times})
+        span = f"{times[0]:,} to {counted(times[-1], 'time')}" if times else "never"
+        if len(times) == 1:
+            span = counted(times[0], "time")
+        where = ", ".join(map(place, at))
+        told = (KIND_NAMES[kind], source, str(len(views)), f"{distinct / len(views):,.0f}")
+        rows.append((where, *told, f"{number / max(distinct, 1):,.2f}", span))
+    left = len(rows) - MOST_ROWS
+    notes = ["pictures are told apart by their bytes; means over lines"]
+    notes += [f"{left:,} more rows: seen.csv has all of them"] if left > 0 else []
+    label = figure.x_label + (f", {figure.by}" if figure.by else "")
+    title = f"{study.name}: how often pictures were seen"
+    return Grid(title, (label, *_HEADS), tuple(rows[:MOST_ROWS]), tuple(notes))
+
+
+def flat_records(records: list[Seen]) -> list[dict[str, Any]]:
+    """For a file: axes as in results.csv; `times` is "views:pictures", one after the other."""
+    return [
+        {"line": one.line.name}
+        | {f"axis.{axis}": at for axis, at in one.line.axes.items()}
+        | {"stage": one.kind, "source": one.source}
+        | {"pictures": one.views.distinct, "views": one.views.views}
+        | {"times": " ".join(f"{often}:{number}" for often, number in one.views.times)}
+        for one in records
+    ]
+
+
 Record = dict[str, Any]
 TRAINING = ("train_encoder", "pretrain", "continue", "finetune")
 
@@ -172,8 +240,8 @@ def gather(study: Study, ledger: Ledger) -> Facts:
         rows=rows,
         groups=groups,
         tasks=[_task(name, kind, rows) for name, kind in tasks_of(study)],
-        pairs=paired_rows(study, groups, snapshot, examples),
-        findings=findings(study, rows, groups, snapshot, examples),
+        pairs=paired_rows(study, groups, examples),
+        findings=findings(study, rows, groups, examples),
         view=table_view(study, rows),
         costs=cost_rows(planned, snapshot),
         settings=settings_line(study, snapshot),
@@ -207,7 +275,7 @@ def answer(
         against = []
         for other in {group.x: group for group in (own[-1], own[0])}.values():
             if other.x != best.x:
-                sides = ((1.0, at_group(study, best)), (-1.0, at_group(study, other)))
+                sides = versus(study, best, other)
                 compared = compare(study, rows, column, sides, places=len(own))
                 gap = None if compared is None else compared.contrast
                 against.append({"x": other.x, "gap": gap})
@@ -226,15 +294,12 @@ def repeated(study: Study) -> dict[str, list[str]]:
 
     What they share adds nothing to their spread. Both are empty without repetitions.
     """
-    places: dict[tuple[Any, Any], list[dict[str, Part]]] = {}
-    for line in study.lines:
-        by = None if study.figure.by is None else line.axes[study.figure.by]
-        places.setdefault((line.axes[study.figure.x], by), []).append(parts_of(line.result))
+    places = [list(map(parts_of, results)) for results in results_by_place(study).values()]
     found: dict[str, list[str]] = {"own": [], "shared": []}
     for kind in TRAINING:
         names = [
             {parts[kind].stage.identity for parts in members if kind in parts}
-            for members in places.values()
+            for members in places
             if len(members) > 1
         ]
         if any(names):

@@ -157,9 +157,6 @@ class Snapshot(Ledger):
         return self._spent[place]
 
 
-CONFIDENCE = 0.95
-
-
 @dataclass(frozen=True)
 class Spread:
     """Values of one quantity, each under the name of its repetition (such as "seed=0")."""

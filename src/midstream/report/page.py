@@ -27,13 +27,7 @@ from midstream.report.figures import (
     stable_panel,
     task_panel,
 )
-from midstream.report.findings import (
-    KIND_NAMES,
-    SCORE_NAMES,
-    place,
-    points,
-    signed,
-)
+from midstream.report.findings import KIND_NAMES, SCORE_NAMES, place, points, signed
 from midstream.report.gather import (
     TRAINING,
     Facts,
@@ -43,6 +37,7 @@ from midstream.report.gather import (
     generated_data,
     repeated,
     scores_export,
+    seen_grid,
     shortened,
     write_exports,
 )
@@ -55,7 +50,6 @@ from midstream.report.line_rows import (
     write_csv,
 )
 from midstream.report.pairs import samples
-from midstream.report.seen import seen_grid
 from midstream.report.size_laws import ladder_figure, ladder_grid
 from midstream.report.table import (
     budgets,
@@ -79,9 +73,9 @@ def render(template: str, **values: object) -> str:
     return _environment().get_template(template).render(**page, **values)
 
 
-def data_uri(kind: str, data: bytes) -> str:
+def svg_uri(svg: bytes) -> str:
     """A picture inside the page."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def _read(name: str) -> str:
@@ -116,11 +110,7 @@ MAX_CURVES = 12
 
 
 def write_facts(
-    facts: Facts,
-    *,
-    suite: str | None = None,
-    max_curves: int = MAX_CURVES,
-    out: Path | None = None,
+    facts: Facts, *, suite: str | None = None, max_curves: int = MAX_CURVES, out: Path | None = None
 ) -> Path:
     """Write index.html, results.csv, findings.md, tables (CSV, LaTeX) and figures; the page.
 
@@ -196,9 +186,6 @@ def findings_lines(facts: Facts) -> list[str]:
     return lines or ["- No claim and no place to compare."]
 
 
-# ------------------------------------------------------------------------------------- figures
-
-
 def _score_figures(facts: Facts, folder: Path) -> list[dict[str, str]]:
     """The stable scores, then the two common benchmarks, as pictures of the page."""
     panels = {
@@ -232,7 +219,7 @@ def _benchmarks(facts: Facts, folder: Path) -> list[dict[str, str]]:
             _written(whole, folder / f"benchmarks_{kind}")
         for panel in panels:
             drawn = small_figure(facts.study, facts.groups, panel)
-            shown.append({"title": panel.title, "picture": data_uri("image/svg+xml", drawn)})
+            shown.append({"title": panel.title, "picture": svg_uri(drawn)})
     return shown
 
 
@@ -267,10 +254,7 @@ def _ladder(facts: Facts, folder: Path) -> dict[str, Any] | None:
 def _written(figure: dict[str, bytes], path: Path) -> str:
     for suffix, data in figure.items():
         write_bytes(path.with_suffix(f".{suffix}"), data)
-    return data_uri("image/svg+xml", figure["svg"])
-
-
-# ------------------------------------------------------------------------------ stages, samples
+    return svg_uri(figure["svg"])
 
 
 def _samples(facts: Facts, best: LineRow | None) -> list[dict[str, Any]]:
@@ -352,7 +336,7 @@ def _study(facts: Facts) -> dict[str, Any]:
     return {
         "name": facts.study.name,
         "question": facts.study.question,
-        "thumbnail": data_uri("image/svg+xml", drawn),
+        "thumbnail": svg_uri(drawn),
         "finding": facts.findings[0] if facts.findings else None,
         "more": max(0, len(facts.findings) - 1),
         "done": sum(row.state == "done" for row in facts.rows),
@@ -396,7 +380,9 @@ def _section(facts: Facts) -> list[str]:
         stages, are = counted(whole, "stage"), "is" if left == 1 else "are"
         lines += [f"**Not complete: {left} of {stages} {are} not done.**", ""]
     lines += [to_markdown(scores_export(study, facts.groups).grid)]
-    lines += [line for text in _cuts(facts) for line in (text, "")]
+    if cut := shortened(facts):
+        named = [f"{escape_markdown(t)} ({escape_markdown(why)})" for t, why in cut.items()]
+        lines += [f"Not whole: {', '.join(named)}.", ""]
     if facts.view is not None:
         grid = view_grid(facts.view)
         lines += [f"### {escape_markdown(grid.title)}", "", to_markdown(grid)]
@@ -407,7 +393,9 @@ def _section(facts: Facts) -> list[str]:
     if facts.seen:
         lines += [to_markdown(seen_grid(study, facts.seen)), ""]
     lines += ["What they show and what they do not:", "", *findings_lines(facts), ""]
-    lines += [f"{_decided(facts)} {_cost(facts)}", ""]
+    decided = sum(finding.is_decided for finding in facts.findings)
+    told = f"{decided} of {counted(len(facts.findings), 'finding')} decided."
+    lines += [f"{told} {_cost(facts)}", ""]
     if generated_data(study):
         lines += [
             "The data are a generated pocket world: what is found here holds for it, and says "
@@ -415,19 +403,6 @@ def _section(facts: Facts) -> list[str]:
             "",
         ]
     return lines + [line for note in study.notes for line in (escape_markdown(note), "")]
-
-
-def _cuts(facts: Facts) -> list[str]:
-    cut = shortened(facts)
-    if not cut:
-        return []
-    named = ", ".join(f"{escape_markdown(t)} ({escape_markdown(why)})" for t, why in cut.items())
-    return [f"Not whole: {named}."]
-
-
-def _decided(facts: Facts) -> str:
-    decided = sum(finding.is_decided for finding in facts.findings)
-    return f"{decided} of {counted(len(facts.findings), 'finding')} decided."
 
 
 def _cost(facts: Facts) -> str:

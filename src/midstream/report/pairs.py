@@ -18,8 +18,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
+from midstream.core.decide import CONFIDENCE
 from midstream.core.stats import mean_by_split, standard_error
-from midstream.report.line_rows import CONFIDENCE, Group, best_group, tasks_of
+from midstream.report.line_rows import Group, best_group, tasks_of
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
@@ -143,15 +144,12 @@ class Pair:
     whole: Gap
 
 
-def paired_rows(
-    study: Study, groups: Sequence[Group], ledger: Ledger, examples: Examples | None = None
-) -> list[Pair]:
+def paired_rows(study: Study, groups: Sequence[Group], examples: Examples) -> list[Pair]:
     """The best group of each curve less every other group of it, over the visual tasks.
 
     Left out are groups that are not done, and tasks whose examples differ.
     """
     tasks = [name for name, kind in tasks_of(study) if kind == "vision"]
-    examples = examples or Examples(ledger)
     members = results_by_place(study)
     rows = []
     for by in dict.fromkeys(group.by for group in groups):

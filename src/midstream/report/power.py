@@ -5,13 +5,13 @@ by Stein's two-stage design, whose final interval holds without a correction for
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from midstream.core.decide import LEAST_OWN, detectable, quantile
-from midstream.report.findings import at_group, claim_sides, column_of
-from midstream.report.line_rows import Group, LineRow, group_rows, kinds_of, line_rows, ranked
+from midstream.report.findings import claim_sides, column_of, versus
+from midstream.report.line_rows import group_rows, kinds_of, line_rows, ranked
 from midstream.report.verdicts import SEED, Comparison, Sides, compare, repetitions_needed
 from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Line, Study
@@ -117,28 +117,14 @@ def comparisons(study: Study, ledger: Ledger) -> list[Comparison]:
     for column in (f"stable.{kind}" for kind in kinds_of(study)):
         for by in dict.fromkeys(group.by for group in groups):
             own = [g for g in groups if g.by == by and g.spreads[column].mean is not None]
-            found += _best(study, rows, own, column)
+            # Against every other: whichever is picked is then known as well as asked.
+            for best in ranked(own, column)[:1]:
+                found += [
+                    compare(study, rows, column, versus(study, best, other), places=len(own))
+                    for other in own
+                    if other is not best
+                ]
     return [one for one in found if one is not None]
-
-
-def _best(
-    study: Study, rows: Sequence[LineRow], groups: Sequence[Group], column: str
-) -> list[Comparison | None]:
-    """The best place against every other: whichever is picked is then known as well as asked."""
-    if len(groups) < 2:
-        return []
-    best = ranked(groups, column)[0]
-    return [
-        compare(
-            study,
-            rows,
-            column,
-            ((1.0, at_group(study, best)), (-1.0, at_group(study, other))),
-            places=len(groups),
-        )
-        for other in groups
-        if other is not best
-    ]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The lines at `Ladder.predict` are in no fit; their means stand beside what the l
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -125,12 +126,8 @@ def _loss_law(
             own = tuple(values.get(place, {}).get(size, {}).values())
             told = None if known is None else known.predict(place, size, len(own) or planned)
             rungs.append(Rung(place, size, own, size == left_out, told))
-    curves = {} if law is None else {p: _curve(law, p) for p in law.places}
+    curves = {} if law is None else {p: partial(law.at, p) for p in law.places}
     return Laws(title, "nats", sentence, tuple(rungs), curves)
-
-
-def _curve(law: Law, place: str) -> Callable[[float], float]:
-    return lambda size: law.at(place, size)
 
 
 def _law_words(law: Law) -> str:
@@ -177,9 +174,6 @@ def _effect(
         rungs.append(Rung("", size, own, size == left_out, told))
     curves = {} if line is None else {"": line.at}
     return Laws(title, unit, sentence, tuple(rungs), curves, signs=True)
-
-
-# ------------------------------------------------------------------------------ what is measured
 
 
 def _place(study: Study, line: Line) -> str:
@@ -244,9 +238,6 @@ def _changed(values: Values, first: str, other: str) -> dict[int, dict[Any, floa
         for size, own in two.items()
         if size in one
     }
-
-
-# ------------------------------------------------------------------------------------- exhibits
 
 
 def ladder_grid(study: Study, laws: Sequence[Laws]) -> Grid:
@@ -340,28 +331,14 @@ def _draw(axes: Axes, law: Laws) -> None:
                     [scale * (rung.told.value - rung.told.low)],
                     [scale * (rung.told.high - rung.told.value)],
                 ]
-                axes.errorbar(
-                    [rung.parameters],
-                    [scale * rung.told.value],
-                    yerr=ends,
-                    fmt="o",
-                    color=colour,
-                    markerfacecolor=PAPER,
-                    capsize=4,
-                    markersize=7,
-                )
+                hollow: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7, "capsize": 4}
+                at = [rung.parameters], [scale * rung.told.value]
+                axes.errorbar(*at, yerr=ends, fmt="o", color=colour, **hollow)
             if rung.mean is not None:
                 spread = scale * stdev(rung.values) if len(rung.values) > 1 else None
-                axes.errorbar(
-                    [rung.parameters],
-                    [scale * rung.mean],
-                    yerr=spread,
-                    fmt="o",
-                    color=colour,
-                    markersize=4,
-                    elinewidth=0.8,
-                    capsize=2,
-                )
+                filled: dict[str, Any] = {"markersize": 4, "elinewidth": 0.8, "capsize": 2}
+                at = [rung.parameters], [scale * rung.mean]
+                axes.errorbar(*at, yerr=spread, fmt="o", color=colour, **filled)
     if law.signs:
         axes.axhline(0, color=MUTED, linewidth=0.8)
     axes.set_xscale("log")

@@ -69,12 +69,8 @@ def to_latex(grid: Grid) -> str:
 def to_markdown(grid: Grid) -> str:
     """A table of GitHub's Markdown, without title and notes."""
     rows = [grid.heads, ("---", *("---:" for _ in grid.heads[1:])), *grid.rows]
-    return "".join(f"| {' | '.join(map(escape_cell, row))} |\n" for row in rows)
-
-
-def escape_cell(text: str) -> str:
-    """Text in a cell of a Markdown table: no new line, no bar, no tag."""
-    return escape_markdown(text).replace("|", "\\|")
+    cells = [[escape_markdown(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def escape_markdown(text: str) -> str:
@@ -239,9 +235,6 @@ def view_records(view: View) -> list[dict[str, Any]]:
                 at | {"printed": value, "printed_at": where} for where, value in cell.printed
             ]
     return records
-
-
-# ------------------------------------------------------------------------------------ layouts
 
 
 def _upright(table: Table, rows: Sequence[LineRow]) -> tuple[tuple[Column, ...], Any]:

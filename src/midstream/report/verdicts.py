@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
-from midstream.core.decide import Contrast, Fit, after_more, detectable, fit
+from midstream.core.decide import Contrast, after_more, fit
 from midstream.report.line_rows import STABLE, LineRow, tasks_of
 from midstream.study.studies import Study
 
@@ -32,7 +32,6 @@ class Comparison:
     """
 
     contrast: Contrast
-    fit: Fit
     places: tuple[Place, ...]
     lines: tuple[tuple[LineRow, ...], ...]
     others: tuple[str, ...] = ()
@@ -40,17 +39,6 @@ class Comparison:
     num_left_out: int = 0
     learnt: Contrast | None = None
     num_failed: int = 0
-
-    def detectable(self, repetitions: int) -> float | None:
-        """The true difference that so many find in eight of ten studies; None where the spread is
-        unknown or there are fewer than two."""
-        one = self.contrast
-        if one.sd is None or repetitions < 2:
-            return None
-        freedom = repetitions - 1
-        if one.pooled:  # all places repeated so often
-            freedom *= max(1, len(self.fit.scores) - 1)
-        return detectable(one.sd, repetitions, freedom)
 
 
 def compare(
@@ -93,11 +81,9 @@ def compare(
     weights = {end: weight for end, (weight, _) in zip(ends, sides, strict=True)}
     own = {r.name for end in ends for name in names for at in matched for r in held[end][name][at]}
     failed = failures(study, lines, column)
-    cells = _cells(held, column, matched, set())
     every = {(n, at) for end in ends for n, under in held[end].items() for at in under}
     return Comparison(
-        contrast=_judged(pilot, cells, weights, places),
-        fit=fit(cells),
+        contrast=_judged(pilot, _cells(held, column, matched, set()), weights, places),
         places=tuple(tuple({**dict(end), **same}.items()) for end in ends),
         lines=tuple(
             tuple(row for name in names for at in matched for row in held[end][name][at])
@@ -237,9 +223,7 @@ def _score(row: LineRow, column: str) -> float | int:
     return value
 
 
-def _matched(
-    sides: Sequence[Mapping[str, Under]],
-) -> tuple[list[str], list[tuple[Any, ...]]]:
+def _matched(sides: Sequence[Mapping[str, Under]]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Repetitions, and places of the other axes, that all of them have on every side.
 
     The same places for every repetition: else a difference between places passes for one between

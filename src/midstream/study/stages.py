@@ -22,7 +22,7 @@ from midstream.config import (
     Training,
     VLMConfig,
 )
-from midstream.config.resolution import at_size
+from midstream.config.model import at_size
 from midstream.config.training import check_end
 from midstream.study.first_stages import PLANNED as PLANNED
 from midstream.study.first_stages import DataStage as DataStage

@@ -36,8 +36,7 @@ from midstream.model.weights import (
     tensor_digests,
     tensors_of,
 )
-from midstream.train.collect import deal, gathered
-from midstream.train.parallel import ALONE, Place
+from midstream.train.parallel import ALONE, Place, deal, gathered
 from midstream.train.step import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -67,9 +66,6 @@ class Progress:
     seconds: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)
     metrics_bytes: int = 0
-
-
-# ---------------------------------------------------------------------------------- saving
 
 
 class Saver:
@@ -280,9 +276,6 @@ def _stems(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
     return stems
 
 
-# --------------------------------------------------------------------------------- loading
-
-
 def read_progress(folder: Path) -> Progress:
     """The progress of a checkpoint, after checking its bytes (CorruptError) and no others."""
     verify(folder, only=lambda name: name == PROGRESS)
@@ -347,11 +340,7 @@ def stored_digests(folder: Path) -> dict[str, str]:
 
 
 def load_moments(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    of: set[str] | None = None,
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, of: set[str] | None = None
 ) -> None:
     """Put Adam's moments into the optimiser; parameters that the file lacks start fresh, and those
     that are frozen have none.
@@ -417,9 +406,6 @@ def _same_origin(folder: Path, mine: Mapping[str, str]) -> None:
             f"{folder} is a checkpoint of something else: {told}. Undo the change, or move the "
             "folder away to start the stage again"
         )
-
-
-# ----------------------------------------------------------------------------------- folders
 
 
 def milestone(folder: Path, share: float) -> Path:

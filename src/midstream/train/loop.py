@@ -7,6 +7,7 @@ own rows; counts, decisions and results are those of all ranks.
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -31,16 +32,9 @@ from midstream.train.guards import StartChecks, Watch
 from midstream.train.held_out import HeldOut, evaluate
 from midstream.train.metrics import MetricsLog, Tracking, meters_of
 from midstream.train.parallel import ALONE, Place, data_workers, device_name, peak_memory
+from midstream.train.placing import StepTotals, totals_of
 from midstream.train.record import Record, Report
-from midstream.train.step import (
-    Clock,
-    Taken,
-    freeze,
-    is_trained,
-    make_optimizer,
-    train_step,
-)
-from midstream.train.totals import StepTotals, totals_of
+from midstream.train.step import Clock, Taken, freeze, is_trained, make_optimizer, train_step
 
 
 class Interrupted(Exception):  # noqa: N818 - it ends a stage without being an error
@@ -215,9 +209,7 @@ def _load(job: Job, machine: Machine, place: Place, progress: Progress) -> Itera
 
 
 def _held_out(job: Job, machine: Machine, place: Place, watch: Watch) -> dict[str, Any]:
-    def at(doing: str) -> None:
-        watch.at(doing, "step")
-
+    at = partial(watch.at, kind="step")
     return evaluate(job.model, job.held_out, encode=job.encode, machine=machine, place=place, at=at)
 
 
@@ -396,10 +388,7 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         "tokens": {**progress.counts.__dict__},
         "sources": {
             name: planned
-            | {
-                "seen": {**progress.sources.get(name, TokenCount()).__dict__},
-                "pictures": shown,
-            }
+            | {"seen": {**progress.sources.get(name, TokenCount()).__dict__}, "pictures": shown}
             for (name, planned), shown in zip(planned_shares.items(), views, strict=True)
         },
         "pad_fraction": progress.counts.pad / max(progress.counts.total, 1),

@@ -1,23 +1,31 @@
-"""Where a process computes, and with whom: device, precision, determinism, ranks, the mesh."""
+"""Where a process computes, and with whom: device, precision, determinism, ranks, the mesh.
+
+Blocks in float8 (by torchao); a sharded model's tensors dealt out over ranks and gathered whole.
+"""
 
 import ctypes
 import json
+import math
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from importlib.util import find_spec
+from itertools import chain, zip_longest
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from midstream.config import Machine
-from midstream.train.float8 import check_float8
+from midstream.model.weights import shard_of, shard_rows
 
 # How much faster bfloat16 must multiply than float32 to be what a device computes in by itself.
 # Processors without units for it take eight times as long, those with them half or less.
@@ -26,6 +34,15 @@ _WORTH_IT = 1.5
 MOST_DATA_WORKERS = 8
 # glibc's names for what `mallopt` sets (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# A file holds about so many bytes at most: several are written, and hashed, at a time.
+FILE_BYTES = 2**31
+# The first cards with units for float8: Ada and Hopper.
+_FLOAT8_CAPABILITY = (8, 9)
+# Kernels of float8 want sizes that this divides.
+_FLOAT8_MULTIPLE = 16
+# For torchao's Float8LinearConfig: a tensor has one scale, computed at each product, and any number
+# of positions is filled up to what the kernels want.
+_FLOAT8_SETTINGS: dict[str, Any] = {"pad_inner_dim": True}
 
 
 @dataclass(frozen=True)
@@ -277,3 +294,89 @@ def peak_memory(place: Place) -> dict[str, Any]:
     if place.device.type == "cuda":
         return {"peak_memory_bytes": max(held), "memory_of": "device"}
     return {"peak_memory_bytes": sum(held), "memory_of": "processes"}
+
+
+def check_float8(device: torch.device) -> None:
+    """Raises ValueError, with the remedy, where float8 products cannot be computed."""
+    otherwise = "; --machine precision=bfloat16 goes without"
+    if device.type != "cuda":
+        raise ValueError(f"precision float8 needs a GPU, this stage runs on a CPU{otherwise}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FLOAT8_CAPABILITY:
+        raise ValueError(
+            f"precision float8 needs a GPU of compute capability 8.9 or above (L40S, H100), this "
+            f"one has {'.'.join(map(str, capability))}{otherwise}"
+        )
+    if find_spec("torchao") is None:
+        raise ValueError(
+            f'precision float8 needs torchao: pip install "midstream[float8]"{otherwise}'
+        )
+
+
+def to_float8(block: nn.Module) -> None:
+    """Have a block's linear layers multiply in float8; weights and their names stay."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def fits(layer: nn.Module, _name: str) -> bool:
+        assert isinstance(layer, nn.Linear), "no other is asked about"
+        return layer.in_features % _FLOAT8_MULTIPLE == 0 == layer.out_features % _FLOAT8_MULTIPLE
+
+    convert_to_float8_training(
+        block, module_filter_fn=fits, config=Float8LinearConfig(**_FLOAT8_SETTINGS)
+    )
+
+
+def deal(tensors: Mapping[str, Tensor], world_size: int) -> list[list[str]]:
+    """The names in each file, large tensors first, each into the file with the fewest bytes so far;
+    file i is rank i % world_size's."""
+    sizes = {name: value.numel() * value.element_size() for name, value in tensors.items()}
+    files = world_size * max(1, math.ceil(sum(sizes.values()) / (world_size * FILE_BYTES)))
+    load, names = [0] * files, [list[str]() for _ in range(files)]
+    for name in sorted(sizes, key=lambda one: -sizes[one]):
+        at = load.index(min(load))
+        names[at].append(name)
+        load[at] += sizes[name]
+    return names
+
+
+def gathered(
+    tensors: Mapping[str, Tensor], files: list[list[str]], place: Place
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors one by one, each on the rank of its file alone; all ranks go to the end.
+
+    The parts of a sharded tensor travel once. Beside it a rank holds the parts of one more.
+    """
+    if place.mesh is None:
+        yield from ((name, tensors[name].detach()) for names in files for name in names)
+        return
+    # Each copy of the model gathers what its own ranks write.
+    group = place.mesh.get_group(place.mesh.ndim - 1)
+    members = dist.get_process_group_ranks(group)
+    me = members.index(place.rank)
+    queues = [chain.from_iterable(files[rank :: place.world_size]) for rank in members]
+    for names in zip_longest(*queues):
+        wanted = [None if name is None else tensors[name].detach() for name in names]
+        received, name = _exchange(wanted, me, group), names[me]
+        if name is not None and received is not None:
+            yield name, received
+
+
+def _exchange(wanted: list[Tensor | None], me: int, group: dist.ProcessGroup) -> Tensor | None:
+    """What this rank of the group wants, whole; `wanted` is what each of them does."""
+    mine = wanted[me]
+    if not any(isinstance(value, DTensor) for value in wanted):
+        return mine
+    parts, sizes = [], [0] * len(wanted)
+    for value in wanted:
+        part = value.to_local() if isinstance(value, DTensor) else torch.empty(0)
+        parts.append(part.contiguous().reshape(-1).view(torch.uint8))
+    if isinstance(mine, DTensor):
+        row = mine.element_size() * mine.shape[1:].numel()
+        number, _ = shard_of(mine)
+        cuts = [shard_rows(mine.shape[0], number, index) for index in range(number)]
+        sizes = [(cut.stop - cut.start) * row for cut in cuts]
+    device = next(value.device for value in wanted if value is not None)
+    whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    sent = torch.cat([part.to(device) for part in parts])
+    dist.all_to_all_single(whole, sent, sizes, [len(part) for part in parts], group=group)
+    return whole.view(mine.dtype).view(mine.shape) if isinstance(mine, DTensor) else mine

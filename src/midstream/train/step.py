@@ -25,21 +25,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 
-from midstream.config import (
-    AdamW,
-    PatchProjection,
-    Training,
-    VLMConfig,
-)
+from midstream.config import AdamW, PatchProjection, Training, VLMConfig
 from midstream.core.batch import Batch
 from midstream.model.adapters import add_adapters, is_adapter
 from midstream.model.decoder import Decoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import whole
-from midstream.train.float8 import to_float8
-from midstream.train.parallel import Place
-from midstream.train.placing import features_of, placed
-from midstream.train.totals import StepTotals, totals_of
+from midstream.train.parallel import Place, to_float8
+from midstream.train.placing import StepTotals, features_of, placed, totals_of
 
 # The parameters of a model's own encoder.
 _ENCODER = "encoder."

@@ -109,11 +109,7 @@ def _at(
 ) -> Album:
     colors = shuffled(rng, tuple(COLORS))[:number]
     scenes = tuple(
-        _scene(
-            rng,
-            partial(Plan, [(color, shape)], allowed=lambda pair: pair[1] != shape),
-            splits,
-        )
+        _scene(rng, partial(Plan, [(color, shape)], allowed=lambda pair: pair[1] != shape), splits)
         for color in colors
     )
     question = f"what color is the {shape} in the {ORDINALS[place]} picture?"

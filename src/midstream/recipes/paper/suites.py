@@ -20,15 +20,7 @@ from midstream.recipes.paper.table_studies import (
     table_7,
     table_8,
 )
-from midstream.recipes.scales import (
-    Model,
-    Settings,
-    find_scale,
-    line,
-    models,
-    percent,
-    share_label,
-)
+from midstream.recipes.scales import Model, Settings, find_scale, line, models, percent, share_label
 from midstream.study.studies import Figure, Study, Suite
 
 CaptionSet = Literal["DataComp-DR", "DataComp"]

@@ -92,10 +92,7 @@ def table_3(
     varied = {"trains_encoder": (False, True), "captions": shares}
     lines = [
         line(
-            at,
-            one,
-            image_share=percent(one.captions),
-            frozen="no" if one.trains_encoder else "yes",
+            at, one, image_share=percent(one.captions), frozen="no" if one.trains_encoder else "yes"
         )
         for one in models(at, seeds, epochs=(3,), **varied)
     ]
