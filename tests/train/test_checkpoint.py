@@ -16,7 +16,7 @@ from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
 from midstream.study.stages import ContinueFrom
 from midstream.study.store import Ledger
-from midstream.train import checkpoint, collect
+from midstream.train import checkpoint, parallel
 from midstream.train.checkpoint import Progress
 from midstream.train.parallel import ALONE, Place
 from midstream.train.step import make_optimizer, set_rate
@@ -186,7 +186,7 @@ def test_what_fills_several_files_has_the_digests_and_tensors_of_one(
     model, optimizer = made(5)
     checkpoint.load(folder, model, optimizer)
     size = sum(value.numel() * value.element_size() for value in model.parameters())
-    monkeypatch.setattr(collect, "FILE_BYTES", size // 2 - 1)
+    monkeypatch.setattr(parallel, "FILE_BYTES", size // 2 - 1)
     other = folder.with_name("step-00000008")
     checkpoint.save(other, model, optimizer, PROGRESS)
     assert len(list(other.glob("model-*-of-00003.safetensors"))) == 3

@@ -97,15 +97,16 @@ def text_stage(
     *,
     total_tokens: int,
     rate: float = 2e-3,
+    source: str = "web",
     milestones: Sequence[float] = MILESTONES,
 ) -> Pretrain:
-    """The text run, with checkpoints along the way."""
+    """The text run on one source, with checkpoints along the way."""
     return Pretrain(
         data=data,
         decoder=DECODER,
         milestones=tuple(milestones),
         training=Training(
-            budget=Mixture(total_tokens=total_tokens, shares=(Share(source="web", share=1.0),)),
+            budget=Mixture(total_tokens=total_tokens, shares=(Share(source=source, share=1.0),)),
             rows=TEXT_ROWS,
             schedule=WarmupCosine(peak_rate=rate, end_rate=END_RATE, warmup_fraction=0.05),
         ),
