@@ -132,7 +132,7 @@ REJECTED: dict[str, Broken] = {
         "record without turns": (talks({"id": "t9"}), f"{LLAVA}, record 1 .'t9'.: "),
         "roles that do not alternate": (
             talks({"id": 9, "conversations": TALKS[1]["conversations"][::-1]}),
-            f"{LLAVA}, record 1 .'9'.: starts with a reply",
+            f"{LLAVA}, record 1 .'9'.: no reply left .reply without a question",
         ),
         "turn with half a surrogate pair": (
             replace("instruct/talks/llava.json", b"Hello.", b"\\ud83d"),

@@ -49,13 +49,15 @@ class Turn(NamedTuple):
     """A question and its reply, and the system text that stands before the question ("": none).
 
     `pictures` are the places of its pictures: how many characters of `question` stand before each,
-    in ascending order. Those at 0 stand before the whole turn, its system text too.
+    in ascending order. Those at 0 stand before the whole turn, its system text too. `learnt`:
+    whether the reply is a target.
     """
 
     question: str
     reply: str
     system: str = ""
     pictures: tuple[int, ...] = ()
+    learnt: bool = True
 
     @property
     def asked(self) -> str:
@@ -235,7 +237,8 @@ def asked_example(
 def conversation_example(
     codec: TextCodec, turns: Sequence[tuple[str, str] | Turn], *, has_image: bool = False
 ) -> Example:
-    """A conversation's tokens; only replies and the separators behind them are targets.
+    """A conversation's tokens; only replies that are learnt, and the separators behind them, are
+    targets.
 
     `has_image`: a picture stands before it all, beside those that the turns name.
     """
@@ -248,7 +251,7 @@ def conversation_example(
         pictures += [len(tokens) + place for place in shown]
         answer = [*codec.encode(f" {turn.reply.strip()}"), codec.separator]
         tokens += human + answer
-        supervised += [0] * len(human) + [1] * len(answer)
+        supervised += [0] * len(human) + [int(turn.learnt)] * len(answer)
     return Example(
         np.array(tokens, dtype=np.int64), np.array(supervised, dtype=np.uint8), tuple(pictures)
     )

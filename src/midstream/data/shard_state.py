@@ -30,7 +30,7 @@ from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX
 
 # By section; raise one when equal input would give another shard: its shards are then made anew.
-PREPARATION: dict[Section, int] = {"text": 3, "captions": 4, "conversations": 4, "documents": 4}
+PREPARATION: dict[Section, int] = {"text": 3, "captions": 4, "conversations": 5, "documents": 4}
 # Requests about URLs that are under way at once.
 NUM_REQUESTS = 16
 
@@ -293,6 +293,13 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         "picture cannot be decoded": "fetch them again, or take them out",
         "no picture": "join these records with their pictures, or take them out",
         "no conversation": "give turns with a role and a text under conversations or messages",
+        "unknown role": "call them user, assistant, system or tool",
+        "roles do not alternate": "give each question one reply",
+        "more than one reply": "keep the one to be learnt",
+        "preference pair": "keep the reply to be learnt as the last turn, and take the other out",
+        "reply judged bad": "take these records out",
+        "weight other than 0 and 1": "give replies a weight of 0 or 1, or none",
+        "video or sound": "only texts and pictures are read; take these records out",
         "not a picture name": "give a name, base64 or {bytes, path}",
         "empty caption": "take these records out",
         NOT_FETCHED: "img2dataset has not got these pictures; fetch them again",

@@ -3,7 +3,7 @@
 Entries of a list are numbered from 0, lines from 1 (see `docs/data.md`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -23,13 +23,13 @@ from midstream.data.formats.records import (
     ReadOptions,
     Unit,
 )
+from midstream.data.formats.said import PAIRS, ConversationError, pair_in
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_records
-from midstream.data.formats.turns import LISTS, RATINGS, ConversationError, conversation_of
+from midstream.data.formats.turns import KEYS, LISTS, RATINGS, conversation_of
 from midstream.data.source_writer import Reject
 
 LLAVA = "llava.json"
 SUFFIXES = (".json", ".jsonl", *TABLES)
-_OTHERS = ("id", "system", "image", "images", "video", "videos", "audio", "audios")
 _ID_CHARACTERS = 80
 
 
@@ -83,16 +83,18 @@ def _files(source: str) -> list[str]:
 def _read_table(
     path: str, roots: Sequence[str], rating: int | None
 ) -> Iterator[ConversationRecord | Reject]:
-    wanted = LISTS + _OTHERS + (() if rating is None else RATINGS)
+    wanted = KEYS + (() if rating is None else RATINGS)
     for where, row in table_records(path, wanted):
         yield row if isinstance(row, Reject) else _conversation(row, where, roots, rating)
 
 
 def _conversations_of(path: str) -> list[Unit]:
     if full_name(path).endswith(TABLES):
-        if not set(LISTS) & set(names := columns_of(path).names):
+        if not _holds_talk(names := columns_of(path).names):
+            pairs = ", ".join(" and ".join(pair) for pair in PAIRS)
             raise ValueError(
-                f"{path} has the columns {names}; a conversation needs one of {', '.join(LISTS)}"
+                f"{path} has the columns {names}; a conversation needs one of {', '.join(LISTS)}, "
+                f"or a pair of {pairs}"
             )
         return [Unit("table", (path,))]
     num_records = sum(1 for _ in _entries(path))
@@ -111,7 +113,11 @@ def _is_list(path: str) -> bool:
     # Lines under another name are lines; what else is no list is refused as one.
     _, data = next(entries_of(path, listed=False), ("", b""))
     first = json_object(data, path)
-    return isinstance(first, Reject) or not set(LISTS) & first.keys()
+    return isinstance(first, Reject) or not _holds_talk(first)
+
+
+def _holds_talk(names: Iterable[str]) -> bool:
+    return bool({*LISTS} & {*names}) or pair_in(dict.fromkeys(names)) is not None
 
 
 def _entries(path: str) -> Iterator[tuple[str, bytes]]:

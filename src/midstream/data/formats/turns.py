@@ -1,49 +1,57 @@
 """What a record of a conversation says: its turns, and where in them its pictures stand."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 from midstream.data.examples import IMAGE_MARK, Turn
-from midstream.data.formats.captions import picture_in
 from midstream.data.formats.json_records import unquoted
+from midstream.data.formats.said import (
+    BEHIND,
+    MISSING,
+    NO_TALK,
+    OUTSIDE,
+    PAIRS,
+    PICTURE_KEYS,
+    VIDEO_KEYS,
+    ConversationError,
+    Said,
+    in_places,
+    is_absent,
+    marked,
+    pair_in,
+    pictures_under,
+    said_of,
+    text_of,
+)
 
-# Where records keep their turns, and turns their roles and texts.
+# Where records keep their turns.
 LISTS = ("conversations", "messages", "conversation", "texts")
 # FineVision's ratings of each pair of a question and a reply.
 RATINGS = tuple(
     f"{name}_ratings"
     for name in ("relevance", "image_correspondence", "visual_dependency", "formatting")
 )
-_KEYS = (("from", "value"), ("role", "content"), ("speaker", "text"))
-_PAIR = ("user", "assistant")
-_TOOL = "tool"
-_TOOLS = (
-    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "function"),
-    *("function_call", "function_response", "function_result", "observation", "ipython"),
+_HISTORY = "history"
+# Records of two replies of which one is the better, or of one that is not to be learnt.
+_BETTER = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_JUDGED = ("kto_tag", "label")
+# Placeholders that another key of the record fills.
+_BOXES, _PLACEHOLDERS = "objects", ("<bbox>", "<ref-object>")
+# All keys of records that are read.
+KEYS = (
+    *(*LISTS, "id", "system", _HISTORY, _BOXES, *BEHIND, *_BETTER, *_JUDGED),
+    *(*PICTURE_KEYS, *VIDEO_KEYS, *dict.fromkeys(key for pair in PAIRS for key in pair)),
 )
-_ROLES = {"user": "human", "assistant": "gpt", "developer": "system"}
-_ROLES |= dict.fromkeys(("chatgpt", "model", "bot", "ai"), "gpt") | dict.fromkeys(_TOOLS, _TOOL)
 # Why a question, or a system text, is left out; why a conversation is.
-NO_REPLY, EMPTY_REPLY, TOOL_TURN = "question without a reply", "empty reply", "tool turn"
-RATED_LOW, NO_QUESTION_LEFT = "rated too low", "picture without a question left"
+NO_REPLY, EMPTY_REPLY, NO_ASKED = (
+    "question without a reply",
+    "empty reply",
+    "reply without a question",
+)
+NO_QUESTION_LEFT = "picture without a question left"
 NO_QUESTION, NO_REPLIES = "system turn without a question", "no reply left"
-NO_TALK, NO_NAME = "no conversation", "not a picture name"
-MARKS_DIFFER, OUTSIDE = "marks and pictures disagree", "picture outside a question"
-# Roles whose turns take the question before them out, and why.
-_MISSING = {_TOOL: TOOL_TURN, RATED_LOW: RATED_LOW}
 _DETAIL_CHARACTERS = 200
-# Qwen-VL's marks hold the name of their picture.
-_NAMED = re.compile(
-    r"(?i)(?:Picture \d+: *)?<img>([^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?))</img>"
-)
-# Where a part has its picture.
-_SHOWN = (
-    *("image", "image_url", "url", "path", "image_path", "file_name"),
-    *("source", "bytes", "base64", "data", "content"),
-)
 
 
 @dataclass(frozen=True)
@@ -58,149 +66,104 @@ class Conversation:
     left_out: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Said:
-    """What a turn says: its text, with a mark for each picture.
-
-    `shown`: the picture of each mark that has one of its own, None for one of the record's.
-    """
-
-    role: str
-    text: str = ""
-    shown: tuple[str | bytes | None, ...] = ()
-
-    @property
-    def placed(self) -> tuple[str, tuple[int, ...]]:
-        """The text without marks and space around it, and where in it they stood."""
-        pieces = self.text.split(IMAGE_MARK)
-        whole = "".join(pieces)
-        text = whole.strip()
-        before = len(whole) - len(whole.lstrip())
-        ends = list(accumulate(map(len, pieces)))[:-1]
-        return text, tuple(min(max(end - before, 0), len(text)) for end in ends)
-
-
-class ConversationError(ValueError):
-    """A record that is no conversation that can be learnt from.
-
-    `reason` is one of a few, to count it under; `detail` is about this record.
-    """
-
-    def __init__(self, where: str, reason: str, detail: str) -> None:
-        super().__init__(f"{where}: {reason} ({detail})")
-        self.reason, self.detail = reason, detail
-
-
 def conversation_of(record: dict[str, Any], where: str, rating: int | None = None) -> Conversation:
     """The questions and replies of a record, and the pictures that it shows.
 
-    A list of turns under `conversations`, `messages` or `conversation`, each with its role under
-    `from` or `role` and its text under `value` or `content`: a text, or a list of parts (`text`,
-    `image`, `image_url`), whose places are the pictures' places. `texts` of {user, assistant}
-    without marks have all pictures before the first question. Marks stand for the record's
-    pictures in order and are taken out; a lone picture in the first question stands before it.
-    What a system turn or the record's `system` says goes to the next question that stays. A
-    question whose reply is missing, empty, behind a tool's turn or rated below `rating` is left out
-    with what follows on it; its pictures go to the next question that stays.
+    A list of turns under one of `LISTS`, each with its role under `from` or `role` and its text
+    under `value` or `content`: a text, or a list of parts (`text`, `image`, `image_url`), whose
+    places are the pictures' places; or pairs of a question and a reply under one of the names of
+    `PAIRS`, of which the record itself may be one. Marks stand for the record's pictures in order
+    and are taken out; where nothing marks any, all stand before the first question. A lone picture
+    in the first question stands before it. What a system turn or the record's `system` says goes
+    to the next question that stays. A question whose reply is missing, empty, behind a tool's turn
+    or rated below `rating` is left out with what follows on it, as are replies before the first
+    question; its pictures go to the next question that stays. Replies of weight 0 stay, unlearnt.
 
-    Raises ConversationError that names `where` if a reply is not to a question, a role is unknown,
-    a question is empty (but for pictures), no reply is left, a picture stands elsewhere than in a
-    question, or marks and pictures disagree.
+    Raises ConversationError that names `where` if two replies are to one question, a role is
+    unknown, a question is empty (but for pictures), no reply to learn is left, a picture stands
+    elsewhere than in a question, marks and pictures disagree, or the record compares replies.
     """
     said = _said_in(record, where, rating)
-    pictures = _pictures(record, where)
+    pictures = pictures_under(record, where)
+    said = marked(said, len(pictures), where)
     first = next((n for n, one in enumerate(said) if one.role == "human"), 0)
-    if pictures and not any(one.shown for one in said) and _in_pairs(record):
-        marks = IMAGE_MARK * len(pictures)
-        said[first] = _Said("human", marks + said[first].text, (None,) * len(pictures))
-    shown = _in_places(where, [mark for one in said for mark in one.shown], pictures)
+    shown = in_places(where, [mark for one in said for mark in one.shown], pictures)
     if outside := [one.role for one in said if one.shown and one.role != "human"]:
         raise ConversationError(where, OUTSIDE, f"in a turn of {outside[0]!r}")
     if len(shown) == 1 and said[first].shown:
         question = said[first].text.replace(IMAGE_MARK, "")
         said[first] = replace(said[first], text=IMAGE_MARK + question)
     turns, kept, left_out = _turns(said, where)
-    if not turns:
-        detail = ", ".join(left_out) or "it has no question"
+    if not any(turn.learnt for turn in turns):
+        detail = ", ".join(left_out) or ("all are of weight 0" if turns else "it has no question")
         raise ConversationError(where, NO_REPLIES, detail[:_DETAIL_CHARACTERS])
     return Conversation(tuple(turns), tuple(shown[n] for n in kept), tuple(left_out))
 
 
-def _pictures(record: dict[str, Any], where: str) -> list[str | bytes]:
-    """What stands under `image` and `images` (one or a list); "" and null are none."""
-    for other in ("video", "videos", "audio", "audios"):
-        if record.get(other):
-            raise ConversationError(where, "video or sound", f"under {other!r}")
-    found: list[str | bytes] = []
-    for key in ("image", "images"):
-        value = unquoted(record.get(key))
-        # NaN is how pandas says that there is none.
-        absent = value is None or value == "" or value != value
-        values = [] if absent else value if isinstance(value, list) else [value]
-        found += [_picture(one, where, f"under {key!r}") for one in values if not _is_none(one)]
-    return found
-
-
-def _is_none(value: object) -> bool:
-    # Columns of structs say {bytes: null, path: null}.
-    return value is None or (isinstance(value, dict) and all(x is None for x in value.values()))
-
-
-def _picture(value: object, where: str, place: str) -> str | bytes:
-    try:
-        found = picture_in(value)
-    except ValueError as error:
-        raise ConversationError(where, NO_NAME, f"{place}: {error}") from None
-    if found is None or found == "":
-        raise ConversationError(where, NO_NAME, place)
-    return found
-
-
 def _listed(record: dict[str, Any]) -> object:
-    found = unquoted(next((record[key] for key in LISTS if record.get(key)), None))
+    """The turns of a record: a list, or what stands in its place; None for none."""
+    found = unquoted(next((record[key] for key in LISTS if not is_absent(record.get(key))), None))
     if isinstance(found, dict) and found and all(isinstance(x, list) for x in found.values()):
         # A list of structs as some tables keep it: a list of each field.
         return [
             dict(zip(found, values, strict=False)) for values in zip(*found.values(), strict=False)
         ]
-    return found
+    if isinstance(found, list):
+        # VisionArena has a list for each turn.
+        return [one for x in found for one in (x if isinstance(x, list) else [x])]
+    return found or _alone(record)
 
 
-def _in_pairs(record: dict[str, Any]) -> bool:
-    turns = _listed(record)
-    return isinstance(turns, list) and any(_is_pair(turn) for turn in turns)
+def _alone(record: dict[str, Any]) -> list[Any] | None:
+    """The turns of a record that is a pair of a question and a reply, behind its `history`."""
+    if (pair := pair_in(record)) is None:
+        return None
+    asked, reply = (record[key] for key in pair)
+    if any(_are_messages(value) for value in (asked, reply)):
+        # TRL's: messages on one side or both, of which those of the reply are learnt.
+        before, behind = _messages("user", asked), _messages("assistant", reply)
+        return [x | {"weight": 0} if isinstance(x, dict) else x for x in before] + behind
+    history = unquoted(record.get(_HISTORY))
+    history = [] if is_absent(history) else history if isinstance(history, list) else [history]
+    said = [
+        dict(zip(PAIRS[0], x, strict=True)) if isinstance(x, list) and len(x) == len(pair) else x
+        for x in history
+    ]
+    return [*said, {key: record[key] for key in (*pair, *BEHIND) if key in record}]
 
 
-def _is_pair(turn: object) -> bool:
-    keys = [key for keys in _KEYS for key in keys]
-    return (
-        isinstance(turn, dict)
-        and all(x in turn for x in _PAIR)
-        and not any(x in turn for x in keys)
-    )
+def _are_messages(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(x, dict) and "role" in x for x in value)
 
 
-def _said_in(record: dict[str, Any], where: str, rating: int | None) -> list[_Said]:
+def _messages(role: str, value: Any) -> list[Any]:
+    return value if _are_messages(value) else [{"role": role, "content": value}]
+
+
+def _said_in(record: dict[str, Any], where: str, rating: int | None) -> list[Said]:
+    if better := [key for key in _BETTER if not is_absent(record.get(key))]:
+        detail = f"under {better[0]!r}; keep the reply that is to be learnt, as the last turn"
+        raise ConversationError(where, "preference pair", detail)
+    if judged := [key for key in _JUDGED if record.get(key) is False]:
+        raise ConversationError(where, "reply judged bad", f"{judged[0]!r} is false")
     turns = _listed(record)
     if not isinstance(turns, list) or not turns:
         keys = ", ".join(repr(key) for key in LISTS)
         what = "; what is there is text but no JSON" if isinstance(turns, str) else ""
-        detail = f"it needs a list of turns under one of {keys}{what}"
+        pairs = "a pair such as question and answer"
+        detail = f"it needs a list of turns under one of {keys}, or {pairs}{what}"
         raise ConversationError(where, NO_TALK, detail)
-    system = _text_of("system", record.get("system"), where, "'system'")
-    found = [system] if system.text else []
+    system = text_of("system", record.get("system"), where, "'system'")
+    said = [system] if system.text else []
     for number, turn in enumerate(turns):
-        if _is_pair(turn):
-            said = [(name, turn[name]) for name in _PAIR]
-            if rating is not None and _lowest(record, number, rating) < rating:
-                said[1] = (RATED_LOW, None)
-        else:
-            said = [_said(turn, where, number)]
-        for who, content in said:
-            role = _ROLES.get(who.lower(), who.lower())
-            content = None if role in _MISSING else content
-            found.append(_text_of(role, content, where, f"turn {number}"))
-    return found
+        low = rating is not None and _lowest(record, number, rating) < rating
+        said += said_of(turn, where, number, is_rated_low=low)
+    if not is_absent(record.get(_BOXES)):
+        for name in _PLACEHOLDERS:
+            if any(name in one.text for one in said):
+                detail = f"{name} stands for one of {_BOXES!r}; write its words and numbers"
+                raise ConversationError(where, "placeholder not filled in", detail)
+    return said
 
 
 def _lowest(record: dict[str, Any], number: int, otherwise: int) -> float:
@@ -210,64 +173,7 @@ def _lowest(record: dict[str, Any], number: int, otherwise: int) -> float:
     return min((x for x in given if isinstance(x, int | float)), default=otherwise)
 
 
-def _said(turn: object, where: str, number: int) -> tuple[str, object]:
-    """The role and the content of a turn; what calls a tool is a tool's."""
-    who = content = None
-    if isinstance(turn, dict):
-        if any(turn.get(name) for name in _TOOLS):
-            return _TOOL, None
-        if turn.get("weight") == 0:
-            at = f"turn {number}: its reply is not to be learnt; leave turn and question out"
-            raise ConversationError(where, "turn of weight 0", at)
-        named = [keys for keys in _KEYS if turn.get(keys[0]) is not None]
-        role, text = named[0] if named else _KEYS[0]
-        who = turn.get(role)
-        content = turn.get(text, next((turn[key] for _, key in _KEYS if key in turn), None))
-    if not isinstance(who, str):
-        keys = " or ".join(repr(key) for key, _ in _KEYS)
-        raise ConversationError(where, NO_TALK, f"turn {number} has no role under {keys}")
-    return who, content
-
-
-def _text_of(role: str, content: object, where: str, place: str) -> _Said:
-    """The text of a turn, with the image mark where a part shows a picture, and those pictures."""
-    if content is None or isinstance(content, str):
-        pieces = _NAMED.split(content or "")
-        shown: list[str | bytes | None] = []
-        for number, piece in enumerate(pieces):
-            # Between the texts stand the names of the pictures.
-            named = number % 2
-            shown += [_picture(piece, where, place)] if named else _unnamed(piece)
-        return _Said(role, IMAGE_MARK.join(pieces[::2]), tuple(shown))
-    content = [content] if isinstance(content, dict) and "type" in content else content
-    if not isinstance(content, list):
-        raise ConversationError(where, NO_TALK, f"{place} has no text but {type(content).__name__}")
-    text, shown = "", []
-    for number, part in enumerate(content):
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type") if isinstance(part, dict) else None
-        said = part.get("text", part.get("content")) if isinstance(part, dict) else None
-        at = f"{place}, part {number}"
-        value = next((part[x] for x in _SHOWN if part.get(x)), None) if kind or not said else None
-        if kind in ("image", "image_url", "input_image") or (kind is None and value is not None):
-            shown.append(None if value is None else _picture(value, where, at))
-            text += IMAGE_MARK
-        elif kind in ("text", "input_text", "output_text", None) and isinstance(said, str):
-            apart = text and not text.endswith(IMAGE_MARK) and not text[-1].isspace()
-            text += "\n" + said if apart and said and not said[0].isspace() else said
-            shown += _unnamed(said)
-        elif isinstance(kind, str) and ("video" in kind or "audio" in kind):
-            raise ConversationError(where, "video or sound", at)
-        else:
-            raise ConversationError(where, NO_TALK, f"{at} is neither text nor picture: {kind!r}")
-    return _Said(role, text, tuple(shown))
-
-
-def _unnamed(text: str) -> list[None]:
-    return [None] * text.count(IMAGE_MARK)
-
-
-def _turns(said: Sequence[_Said], where: str) -> tuple[list[Turn], list[int], list[str]]:
+def _turns(said: Sequence[Said], where: str) -> tuple[list[Turn], list[int], list[str]]:
     """The turns with a reply to learn, the numbers of their pictures, and why other questions are
     left out."""
     turns: list[Turn] = []
@@ -280,16 +186,17 @@ def _turns(said: Sequence[_Said], where: str) -> tuple[list[Turn], list[int], li
     places: tuple[int, ...] = ()
     waiting: list[int] = []
     num_shown = 0
-    for role, (text, marked) in ((one.role, one.placed) for one in said):
+    for one in said:
+        role, (text, places_in) = one.role, one.placed
         if role == "system":
             system.append(text)
         elif role == "human":
             left_out += [missing] if missing else []
-            question, missing, places = text, NO_REPLY, marked
-            waiting += range(num_shown, num_shown + len(marked))
-            num_shown += len(marked)
-        elif role in _MISSING and (turns or left_out or missing):
-            missing = _MISSING[role]
+            question, missing, places = text, NO_REPLY, places_in
+            waiting += range(num_shown, num_shown + len(places_in))
+            num_shown += len(places_in)
+        elif role in MISSING and (turns or left_out or missing):
+            missing = MISSING[role]
         elif role == "gpt" and missing == NO_REPLY and not text:
             left_out.append(EMPTY_REPLY)
             missing = ""
@@ -299,31 +206,15 @@ def _turns(said: Sequence[_Said], where: str) -> tuple[list[Turn], list[int], li
             # Some files give it twice: in the record and as its first turn.
             told = "\n".join(dict.fromkeys(filter(None, system)))
             before = (0,) * (len(waiting) - len(places))
-            turns.append(Turn(question, text, told, before + places))
+            turns.append(Turn(question, text, told, before + places, one.learnt))
             kept += waiting
             system, missing, waiting = [], "", []
+        elif role == "gpt" and not (turns or missing) and {*left_out} <= {NO_ASKED}:
+            left_out.append(NO_ASKED)
         elif role != "gpt" or not missing:
-            begins = role == "gpt" and not (turns or left_out)
-            reason = "starts with a reply" if begins else "roles do not alternate"
+            reason = "roles do not alternate"
             listed = f"found {[one.role for one in said]}"[:_DETAIL_CHARACTERS]
             raise ConversationError(where, reason, listed)
     left_out += [missing] if missing else []
     left_out += [NO_QUESTION] if turns and any(system) else []
     return turns, kept, left_out + [NO_QUESTION_LEFT] * len(waiting)
-
-
-def _in_places(
-    where: str, marks: Sequence[str | bytes | None], pictures: Sequence[str | bytes]
-) -> list[str | bytes]:
-    """The picture of each mark: its own, else the next of the record's that are no mark's own."""
-    own = [mark for mark in marks if mark is not None]
-    rest = [picture for picture in pictures if picture not in own]
-    found = f"{len(marks)} {IMAGE_MARK} marks, {len(rest) + len(own)} pictures"
-    if marks and not own and not rest:
-        raise ConversationError(where, f"{IMAGE_MARK} without a picture", found)
-    if rest and not marks:
-        raise ConversationError(where, f"picture without {IMAGE_MARK}", found)
-    if len(marks) - len(own) != len(rest):
-        raise ConversationError(where, MARKS_DIFFER, found)
-    following = iter(rest)
-    return [next(following) if mark is None else mark for mark in marks]

@@ -1,0 +1,334 @@
+"""What a turn of a conversation says: its role, its text, and where in it pictures stand."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+from midstream.data.examples import IMAGE_MARK
+from midstream.data.formats.captions import picture_in
+from midstream.data.formats.json_records import unquoted
+
+_KEYS = (("from", "value"), ("role", "content"), ("speaker", "text"))
+# A question and its reply under names of their own, as a turn or as a whole record.
+PAIRS = (
+    *(("user", "assistant"), ("human", "assistant"), ("instruction", "output")),
+    *(("instruction", "response"), ("query", "response"), ("question", "answer")),
+    *(("prompt", "completion"), ("prompt", "response"), ("prefix", "suffix"), ("input", "output")),
+)
+# What stands behind the question of a pair, on a line of its own.
+BEHIND = ("input", "context")
+# Where pictures are named: all of the first two, else the first of the others.
+_IMAGES = ("image", "images")
+_FURTHER = (
+    *("image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files"),
+    *("image_bytes", "img", "imgs", "img_path", "image_name", "picture", "pictures", "file_name"),
+)
+PICTURE_KEYS = _IMAGES + _FURTHER
+VIDEO_KEYS = ("video", "videos", "audio", "audios")
+_TOOL = "tool"
+_TOOLS = (
+    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "tool_use"),
+    *("function", "function_call", "function_response", "function_result"),
+    *("observation", "ipython"),
+)
+_ROLES = {"human": "human", "gpt": "gpt", "system": "system", "developer": "system"}
+_ROLES |= dict.fromkeys(("user", "prompter"), "human")
+_ROLES |= dict.fromkeys(
+    ("assistant", "chatgpt", "gpt4", "gpt-4", "model", "bot", "ai", "bing", "bard", "claude"), "gpt"
+)
+_ROLES |= dict.fromkeys(_TOOLS, _TOOL)
+# Says of a reply whether it is learnt.
+_WEIGHTS = ("weight", "loss", "train", "training", "train_detail")
+# Why turns are left out.
+TOOL_TURN, RATED_LOW = "tool turn", "rated too low"
+# Roles whose turns take the question before them out, and why.
+MISSING = {_TOOL: TOOL_TURN, RATED_LOW: RATED_LOW}
+# Why a conversation is.
+NO_TALK, NO_NAME, VIDEO = "no conversation", "not a picture name", "video or sound"
+MARKS_DIFFER, NO_PICTURE = "marks and pictures disagree", f"{IMAGE_MARK} without a picture"
+NO_MARK, OUTSIDE = f"picture without {IMAGE_MARK}", "picture outside a question"
+# Qwen-VL's marks hold the name of their picture.
+_NAMED = re.compile(
+    r"(?i)(?:Picture \d+: *)?<img>([^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?))</img>"
+)
+# Marks of other programs, some with the number of their picture.
+_OTHER_MARKS = re.compile(
+    r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|(?:<\|image_pad\|>)+|<\|image\|>"
+    r"|<\|?image[ _]?(\d+)\|?>|<image_placeholder>|(?:<Img>)?<ImageHere>(?:</Img>)?"
+    r"|<start_of_image>|\[IMG\]"
+)
+# Those that no text has by chance, and what may be meant for a mark.
+_NO_CHANCE = re.compile(
+    r"<\|(?:vision_start|image_pad|image(?:_?\d+)?)\|>|<image_placeholder>|<ImageHere>"
+)
+_LIKE_MARKS = re.compile(r"(?i)<\|?/?(?:image|img|picture)[^<>\n]{0,16}>|\[(?:image|img)\]")
+_NUMBERED = re.compile(r"<image_?\d+>")
+# Where a part has its picture.
+_SHOWN = (
+    *("image", "image_url", "url", "path", "image_path", "file_name"),
+    *("source", "bytes", "base64", "data", "content", "value"),
+)
+
+
+class ConversationError(ValueError):
+    """A record that is no conversation that can be learnt from.
+
+    `reason` is one of a few, to count it under; `detail` is about this record.
+    """
+
+    def __init__(self, where: str, reason: str, detail: str) -> None:
+        super().__init__(f"{where}: {reason} ({detail})")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a turn says: its role, its text with a mark for each picture, whether it is learnt.
+
+    `shown`: of each mark its own picture, the number of one of the record's, or None for the next.
+    """
+
+    role: str
+    text: str = ""
+    shown: tuple[str | bytes | int | None, ...] = ()
+    learnt: bool = True
+
+    @property
+    def placed(self) -> tuple[str, tuple[int, ...]]:
+        """The text without marks and space around it, and where in it they stood."""
+        pieces = self.text.split(IMAGE_MARK)
+        whole = "".join(pieces)
+        text = whole.strip()
+        before = len(whole) - len(whole.lstrip())
+        ends = list(accumulate(map(len, pieces)))[:-1]
+        return text, tuple(min(max(end - before, 0), len(text)) for end in ends)
+
+
+def pair_in(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Under which names an object has a question and its reply, if it has."""
+    return next((pair for pair in PAIRS if all(key in values for key in pair)), None)
+
+
+def said_of(turn: object, where: str, number: int, *, is_rated_low: bool = False) -> Iterator[Said]:
+    """What a turn says, or of a pair both question and reply; pictures of its own stand before it.
+
+    Raises ConversationError that names `where`.
+    """
+    at = f"turn {number}"
+    own: list[str | bytes] = []
+    if isinstance(turn, dict):
+        own = pictures_under(turn, where, f" of {at}")
+        if any(key in turn for keys in _KEYS for key in keys):
+            pair = None
+        elif pair := pair_in(turn):
+            system = text_of("system", turn.get("system"), where, at)
+            yield from [system] if system.text else []
+            yield _showing(text_of("human", _question(turn, pair), where, at), own, where)
+            yield Said(RATED_LOW) if is_rated_low else _reply(turn, pair[1], where, at)
+            return
+    who, content = _role_and_content(turn, where, at)
+    role = _ROLES.get(who.strip().lower())
+    if role is None:
+        known = "user, assistant, system, tool and names like these"
+        raise ConversationError(where, "unknown role", f"{at}: {who[:80]!r}; known are {known}")
+    said = text_of(role, None if role in MISSING else content, where, at)
+    learnt = role != "gpt" or _is_learnt(turn, where, at)
+    yield replace(_showing(said, own, where), learnt=learnt)
+
+
+def _question(turn: Mapping[str, Any], pair: tuple[str, str]) -> object:
+    asked = turn[pair[0]]
+    behind = [turn.get(key) for key in BEHIND if key not in pair]
+    texts = [x for x in (asked, *behind) if isinstance(x, str) and x.strip()]
+    return "\n".join(texts) if isinstance(asked, str) else asked
+
+
+def _reply(turn: Mapping[str, Any], key: str, where: str, at: str) -> Said:
+    reply = turn[key]
+    if isinstance(reply, list) and len(reply) > 1 and all(isinstance(x, str) for x in reply):
+        detail = f"{at} has {len(reply)} replies under {key!r}; keep one"
+        raise ConversationError(where, "more than one reply", detail)
+    return replace(text_of("gpt", reply, where, at), learnt=_is_learnt(turn, where, at))
+
+
+def _showing(said: Said, own: Sequence[str | bytes], where: str) -> Said:
+    """A turn with the pictures that it names beside its text, as a record of that turn alone."""
+    if own and said.role != "human":
+        raise ConversationError(where, OUTSIDE, f"in a turn of {said.role!r}")
+    if not own:
+        return said
+    (one,) = marked([said], len(own), where)
+    return replace(one, shown=tuple(in_places(where, one.shown, own)))
+
+
+def _is_learnt(turn: Any, where: str, at: str) -> bool:
+    for key in _WEIGHTS:
+        value = turn.get(key)
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower(), value)
+        if not is_absent(value) and value not in (0, 1):
+            detail = f"{at}: {key} is {value!r}"[:200]
+            raise ConversationError(where, "weight other than 0 and 1", detail)
+        if value == 0:
+            return False
+    return True
+
+
+def _role_and_content(turn: object, where: str, at: str) -> tuple[str, object]:
+    """The role and the content of a turn; what calls a tool is a tool's."""
+    who = content = None
+    if isinstance(turn, dict):
+        if any(turn.get(name) for name in _TOOLS):
+            return _TOOL, None
+        named = [keys for keys in _KEYS if turn.get(keys[0]) is not None]
+        role, text = named[0] if named else _KEYS[0]
+        who = turn.get(role)
+        content = turn.get(text, next((turn[key] for _, key in _KEYS if key in turn), None))
+    if not isinstance(who, str):
+        keys = " or ".join(repr(key) for key, _ in _KEYS)
+        raise ConversationError(where, NO_TALK, f"{at} has no role under {keys}")
+    parts = content if isinstance(content, list) else []
+    calls = any(isinstance(part, dict) and part.get("type") in _TOOLS for part in parts)
+    return (_TOOL, None) if calls else (who, content)
+
+
+def text_of(role: str, content: object, where: str, place: str) -> Said:
+    """The text of a turn, with the image mark where a part shows a picture, and those pictures."""
+    if is_absent(content) or isinstance(content, str):
+        pieces = _NAMED.split(content if isinstance(content, str) else "")
+        shown: list[str | bytes | int | None] = []
+        for number, piece in enumerate(pieces):
+            # Between the texts stand the names of the pictures.
+            named = number % 2
+            shown += [_picture(piece, where, place)] if named else _unnamed(piece)
+        return Said(role, IMAGE_MARK.join(pieces[::2]), tuple(shown))
+    content = [content] if isinstance(content, dict) and "type" in content else content
+    if not isinstance(content, list):
+        raise ConversationError(where, NO_TALK, f"{place} has no text but {type(content).__name__}")
+    text, shown = "", []
+    for number, part in enumerate(content):
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type") if isinstance(part, dict) else None
+        said = _text_in(part) if isinstance(part, dict) else None
+        at = f"{place}, part {number}"
+        value = next((part[x] for x in _SHOWN if part.get(x)), None) if kind or not said else None
+        if kind in ("image", "image_url", "input_image") or (kind is None and value is not None):
+            index = part.get("index")
+            of_record = index if type(index) is int else None
+            shown.append(of_record if value is None else _picture(value, where, at))
+            text += IMAGE_MARK
+        elif kind in ("text", "input_text", "output_text", None) and isinstance(said, str):
+            apart = text and not text.endswith(IMAGE_MARK) and not text[-1].isspace()
+            text += "\n" + said if apart and said and not said[0].isspace() else said
+            shown += _unnamed(said)
+        elif isinstance(kind, str) and ("video" in kind or "audio" in kind):
+            raise ConversationError(where, VIDEO, at)
+        else:
+            raise ConversationError(where, NO_TALK, f"{at} is neither text nor picture: {kind!r}")
+    return Said(role, text, tuple(shown))
+
+
+def _text_in(part: Mapping[str, Any]) -> object:
+    return next((part[key] for key in ("text", "content", "value") if key in part), None)
+
+
+def _unnamed(text: str) -> list[None]:
+    return [None] * text.count(IMAGE_MARK)
+
+
+def pictures_under(values: Mapping[str, Any], where: str, place: str = "") -> list[str | bytes]:
+    """The pictures that a record or a turn names; "", null, NaN and {bytes: null} are none.
+
+    Raises ConversationError that names `where`, also for videos and sound.
+    """
+    for other in VIDEO_KEYS:
+        if not is_absent(values.get(other)):
+            raise ConversationError(where, VIDEO, f"under {other!r}{place}")
+    have = [key for key in PICTURE_KEYS if not is_absent(values.get(key))]
+    keys = [key for key in have if key in _IMAGES] or have[:1]
+    found: list[str | bytes] = []
+    for key in keys:
+        value = unquoted(values[key])
+        if isinstance(value, dict) and all(map(_NUMBERED.fullmatch, value)):
+            # MiniCPM-V's: a name for each mark.
+            value = [value[mark] for mark in sorted(value)]
+        held = value if isinstance(value, list) else [value]
+        found += [_picture(x, where, f"under {key!r}{place}") for x in held if not _is_none(x)]
+    return found
+
+
+def is_absent(value: object) -> bool:
+    """Whether there is nothing; NaN is how pandas says so."""
+    if isinstance(value, list | dict):
+        return all(map(_is_none, value)) if isinstance(value, list) else _is_none(value)
+    return value is None or value == "" or value != value
+
+
+def _is_none(value: object) -> bool:
+    # Columns of structs say {bytes: null, path: null}.
+    return value is None or (isinstance(value, dict) and all(x is None for x in value.values()))
+
+
+def _picture(value: object, where: str, place: str) -> str | bytes:
+    try:
+        found = picture_in(value)
+    except ValueError as error:
+        raise ConversationError(where, NO_NAME, f"{place}: {error}") from None
+    if found is None or found == "":
+        raise ConversationError(where, NO_NAME, place)
+    return found
+
+
+def marked(said: Sequence[Said], num_pictures: int, where: str) -> list[Said]:
+    """The turns with a mark for the record's pictures: where other programs' marks stand in
+    questions, or, where nothing does, all before the first question.
+
+    Raises ConversationError that names `where` for such marks in a record without pictures, and for
+    what may be meant for a mark.
+    """
+    asked = [n for n, one in enumerate(said) if one.role == "human"]
+    questions = "\n".join(said[n].text for n in asked)
+    if any(one.shown for one in said) or not asked:
+        return list(said)
+    if not num_pictures:
+        if (mark := _NO_CHANCE.search(questions)) is not None:
+            raise ConversationError(where, NO_PICTURE, f"{mark[0]!r} stands in a question")
+        return list(said)
+    found = [_with_marks(one) if one.role == "human" else one for one in said]
+    if not any(one.shown for one in found):
+        if (mark := _LIKE_MARKS.search(questions)) is not None:
+            raise ConversationError(where, NO_MARK, f"{mark[0]!r} stands for none")
+        text = IMAGE_MARK * num_pictures + said[asked[0]].text
+        found[asked[0]] = replace(said[asked[0]], text=text, shown=(None,) * num_pictures)
+    return found
+
+
+def _with_marks(one: Said) -> Said:
+    pieces = _OTHER_MARKS.split(one.text)
+    numbers = pieces[1::2]
+    shown = tuple(None if number is None else int(number) for number in numbers)
+    return replace(one, text=IMAGE_MARK.join(pieces[::2]), shown=shown)
+
+
+def in_places(
+    where: str, marks: Sequence[str | bytes | int | None], pictures: Sequence[str | bytes]
+) -> list[str | bytes]:
+    """The picture of each mark: its own, or one of the record's that are no mark's own, by its
+    number among theirs where all have one, else the next."""
+    own = [mark for mark in marks if isinstance(mark, str | bytes)]
+    rest = [picture for picture in pictures if picture not in own]
+    others = [mark for mark in marks if not isinstance(mark, str | bytes)]
+    found = f"{len(marks)} {IMAGE_MARK} marks, {len(rest) + len(own)} pictures"
+    if marks and not own and not rest:
+        raise ConversationError(where, NO_PICTURE, found)
+    if rest and not marks:
+        raise ConversationError(where, NO_MARK, found)
+    numbers = [mark for mark in others if isinstance(mark, int)]
+    numbers = numbers if len(numbers) == len(others) else list(range(len(others)))
+    ranks = {number: rank for rank, number in enumerate(sorted({*numbers}))}
+    if len(ranks) != len(rest):
+        raise ConversationError(where, MARKS_DIFFER, found)
+    following = iter(rest[ranks[number]] for number in numbers)
+    return [mark if isinstance(mark, str | bytes) else next(following) for mark in marks]

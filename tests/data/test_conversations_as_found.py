@@ -1,0 +1,182 @@
+"""Conversations in the layouts of other programs: what is read, what is refused, what is learnt."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from made_inputs import Put, as_json, as_lines, read_all, tokenizer_file
+
+from midstream.data.examples import TextCodec, Turn, conversation_example
+from midstream.data.formats.said import ConversationError
+from midstream.data.formats.turns import Conversation, conversation_of
+from midstream.data.source_writer import Reject
+
+CODEC = TextCodec.from_file(tokenizer_file())
+Record = dict[str, Any]
+
+
+def ask(content: Any, **others: Any) -> Record:
+    return {"role": "user", "content": content, **others}
+
+
+def reply(content: Any, **others: Any) -> Record:
+    return {"role": "assistant", "content": content, **others}
+
+
+def talk(*turns: Any, **others: Any) -> Record:
+    return {"messages": list(turns), **others}
+
+
+def asked(question: str, *pictures: str, places: tuple[int, ...] | None = None) -> Conversation:
+    """One question with the reply "R."; its pictures stand before it where no places are given."""
+    places = (0,) * len(pictures) if places is None else places
+    return Conversation((Turn(question, "R.", "", places),), pictures)
+
+
+HISTORY = Conversation((Turn("A?", "a"), Turn("Q?", "R.")))
+SYSTEM = Conversation((Turn("Q?", "R.", "S."),))
+PAIRED: list[tuple[Record, Conversation]] = [
+    ({"instruction": "Add.", "input": "1 2", "output": "R."}, asked("Add.\n1 2")),
+    ({"instruction": "Q?", "input": "", "output": "R.", "image": "a"}, asked("Q?", "a")),
+    ({"instruction": "Q?", "context": "C", "response": "R."}, asked("Q?\nC")),
+    ({"instruction": "Q?", "output": "R.", "history": [["A?", "a"]]}, HISTORY),
+    ({"query": "<image>Q?", "response": "R.", "images": ["a"], "history": None}, asked("Q?", "a")),
+    ({"image_url": "http://a", "question": "Q?", "answer": "R."}, asked("Q?", "http://a")),
+    ({"image": "a", "prefix": "Q?", "suffix": "R."}, asked("Q?", "a")),
+    ({"prompt": "Q?", "completion": "R.", "system": "S."}, SYSTEM),
+    ({"prompt": [{"role": "system", "content": "S."}, ask("Q?")], "completion": "R."}, SYSTEM),
+    ({"conversation": [{"system": "S.", "input": "Q?", "output": "R."}]}, SYSTEM),
+    ({"conversation": [{"human": "Q?", "assistant": "R."}], "system": "S."}, SYSTEM),
+    ({"conversation": [[ask("Q?")], [reply("R.")]], "images": ["a"]}, asked("Q?", "a")),
+]
+
+
+@pytest.mark.parametrize(("record", "expected"), PAIRED)
+def test_pairs_are_conversations_alone_in_lists_and_behind_their_history(
+    record: Record, expected: Conversation
+) -> None:
+    assert conversation_of(record, "here") == expected
+
+
+AB = {"images": ["a", "b"]}
+BOTH = Conversation((Turn("Q?", "R.", "", (0,)), Turn("And?", "R.", "", (0,))), ("a", "b"))
+LETTERS = Conversation((Turn("Q", "R.", "", (0,)), Turn("A", "R.", "", (0,))), ("a", "b"))
+SHOWN: list[tuple[Record, Conversation]] = [
+    # Nothing marks them: before the first question.
+    (talk(ask("Q?"), reply("R."), **AB), asked("Q?", "a", "b")),
+    (talk(ask("Q?"), reply("R."), image_path="a"), asked("Q?", "a")),
+    # Beside the text of a turn: at its marks, else before it.
+    (talk(ask("Q?", images=["a"]), reply("R."), ask("And?", image="b"), reply("R.")), BOTH),
+    (talk(*({"images": [n], "user": q, "assistant": "R."} for n, q in ("aQ", "bA"))), LETTERS),
+    (talk(ask("Is <image> red?", images=["a"]), reply("R."), image=None), asked("Is  red?", "a")),
+    (talk(ask("<image_placeholder>Q?", images=["a"]), reply("R.")), asked("Q?", "a")),
+    # Marks of other programs.
+    (talk(ask("<|image|>Q?"), reply("R."), image=["a"]), asked("Q?", "a")),
+    (talk(ask("[IMG]\n[IMG]Q?"), reply("R."), **AB), asked("Q?", "a", "b")),
+    (
+        talk(
+            ask("<|vision_start|><|image_pad|><|image_pad|><|vision_end|>Q?"),
+            reply("R."),
+            image="a",
+        ),
+        asked("Q?", "a"),
+    ),
+    (
+        talk(ask("<|image_2|>or <|image_1|>Q?"), reply("R."), **AB),
+        asked("or Q?", "b", "a", places=(0, 3)),
+    ),
+    (
+        talk(
+            ask("<image_01> or <image_00>"),
+            reply("R."),
+            image={"<image_01>": "b", "<image_00>": "a"},
+        ),
+        asked("or", "b", "a", places=(0, 2)),
+    ),
+    # Parts by their number, and with their text under other names.
+    (
+        talk(ask([{"type": "image", "index": n} for n in (1, 0)]), reply("R."), **AB),
+        asked("", "b", "a"),
+    ),
+    (
+        talk(ask([{"type": "image", "value": "a"}, {"type": "text", "value": "Q?"}]), reply("R.")),
+        asked("Q?", "a"),
+    ),
+    # NaN is nothing.
+    (
+        talk(ask("Q?"), reply("R."), image="a", video=float("nan"), system=float("nan")),
+        asked("Q?", "a"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "expected"), SHOWN)
+def test_pictures_are_found_where_other_programs_name_and_mark_them(
+    record: Record, expected: Conversation
+) -> None:
+    assert conversation_of(record, "here") == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "Q?", "chosen": "R.", "rejected": "No."}, "preference pair"),
+        (talk(ask("Q?"), reply("R."), rejected_response="No."), "preference pair"),
+        (talk(ask("Q?"), reply("R."), label=False), "reply judged bad"),
+        (talk(ask("Q?"), reply("<bbox>"), objects={"bbox": [[1, 2]]}), "placeholder not filled in"),
+        (talk(ask("Q?"), reply("R.", weight=0.5)), "weight other than 0 and 1"),
+        (talk(ask("Q?"), reply("R.", train_detail=[[0, 1]])), "weight other than 0 and 1"),
+        (talk(ask("Q?"), reply("R.", weight=0)), "no reply left"),
+        (talk(ask("Q?", video="a.mp4"), reply("R.")), "video or sound"),
+        (talk(ask("<image>", images=["a", "b"]), reply("R.")), "marks and pictures disagree"),
+        (talk(ask("Q?"), reply("R.", image="a")), "picture outside a question"),
+        (talk(ask("<|image_1|>Q?"), reply("R."), **AB), "marks and pictures disagree"),
+        (talk(ask("<|vision_start|>Q?"), reply("R.")), "<image> without a picture"),
+        (talk(ask("<Image>Q?"), reply("R."), image="a"), "picture without <image>"),
+        (talk(ask("Q?"), {"role": "oracle", "content": "R."}), "unknown role"),
+        ({"image": "a", "question": "Q?", "answer": ["R.", "r"]}, "more than one reply"),
+        ({"image": "a", "question": "Q?", "answers": ["R."]}, "no conversation"),
+    ],
+)
+def test_what_would_be_learnt_wrongly_is_refused_with_its_reason(
+    record: Record, reason: str
+) -> None:
+    with pytest.raises(ConversationError) as caught:
+        conversation_of(record, "here")
+    assert caught.value.reason == reason
+
+
+def test_replies_before_the_first_question_are_left_out_and_counted() -> None:
+    found = conversation_of(talk(reply("Hi."), ask("<image>Q?"), reply("R."), image="a"), "here")
+    assert found == replace(asked("Q?", "a"), left_out=("reply without a question",))
+
+
+@pytest.mark.parametrize("no", [{"weight": 0}, {"loss": False}, {"train": "false"}])
+def test_a_reply_of_weight_0_is_seen_and_not_learnt(no: Record) -> None:
+    yes = dict.fromkeys(no, 1)
+    turns = [ask("Q?", **no), reply("Bad.", **no), ask("Again?"), reply("Good.", **yes)]
+    found = conversation_of(talk(*turns), "here")
+    assert [turn.learnt for turn in found.turns] == [False, True]
+    example = conversation_example(CODEC, found.turns)
+    ids = np.asarray(example.input_ids)
+    learnt = ids[example.supervised == 1].tolist()
+    assert learnt == [*CODEC.encode(" Good."), CODEC.separator]
+    bad = CODEC.encode(" Bad.")
+    assert bad in [ids[n : n + len(bad)].tolist() for n in range(len(ids))]
+
+
+def test_messages_of_a_prompt_are_not_learnt() -> None:
+    prompt = [ask("A?"), reply("a"), ask("Q?")]
+    found = conversation_of({"prompt": prompt, "completion": [reply("R.")]}, "here")
+    assert found.turns == (Turn("A?", "a", learnt=False), Turn("Q?", "R."))
+    assert "weight" not in prompt[1]
+
+
+def test_lines_and_lists_of_pairs_are_read_whatever_the_file_is_called(put: Put) -> None:
+    records = [{"question": f"{n}?", "answer": "R."} for n in range(2)]
+    for name, write in (("a.json", as_lines), ("b.jsonl", as_lines), ("c.json", as_json)):
+        found = read_all("conversations", put(name, write(records)))
+        assert [x.turns[0].question for x in found] == ["0?", "1?"]
+    (found,) = read_all("conversations", put("d.jsonl", b'{"prompt": "Q?", "chosen": "R."}\n'))
+    assert isinstance(found, Reject)
