@@ -1,13 +1,17 @@
 """Conversations in the layouts of other programs: what is read, what is refused, what is learnt."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from made_inputs import Put, as_json, as_lines, read_all, tokenizer_file
 
+from inputs import png, tar
 from midstream.data.examples import TextCodec, Turn, conversation_example
+from midstream.data.formats.records import ReadOptions
 from midstream.data.formats.said import ConversationError
 from midstream.data.formats.turns import Conversation, conversation_of
 from midstream.data.source_writer import Reject
@@ -180,3 +184,44 @@ def test_lines_and_lists_of_pairs_are_read_whatever_the_file_is_called(put: Put)
         assert [x.turns[0].question for x in found] == ["0?", "1?"]
     (found,) = read_all("conversations", put("d.jsonl", b'{"prompt": "Q?", "chosen": "R."}\n'))
     assert isinstance(found, Reject)
+
+
+def test_a_file_in_utf16_is_refused_as_such_and_a_comma_too_many_is_named(put: Put) -> None:
+    record = {"question": "Q?", "answer": "R."}
+    for name, data in (("a.json", as_json([record])), ("b.jsonl", as_lines([record]))):
+        with pytest.raises(ValueError, match=rf"{name} is in UTF-16 .*write it in UTF-8"):
+            read_all("conversations", put(name, data.decode().encode("utf-16")))
+    found = read_all("conversations", put("c.json", b'[{"question": "Q?", "answer": "R."},]'))
+    assert [isinstance(x, Reject) for x in found] == [False, True]
+    assert "a comma too many" in found[1].detail
+
+
+def fetched(folder: Path) -> tuple[Path, Path]:
+    """Lines of two pictures' addresses and a folder in which img2dataset left the first."""
+    images = folder / "fetched"
+    images.mkdir()
+    about = json.dumps({"url": "https://files.example/0"}).encode()
+    (images / "00000.tar").write_bytes(tar({"0.json": about, "0.png": png(3)}))
+    urls = [f"https://files.example/{number}" for number in range(2)]
+    records = [{"image_url": url, "question": "Q?", "answer": "R."} for url in urls]
+    (folder / "talks.jsonl").write_bytes(as_lines(records))
+    return folder / "talks.jsonl", images
+
+
+def test_pictures_at_addresses_are_those_that_img2dataset_fetched(tmp_path: Path) -> None:
+    path, images = fetched(tmp_path)
+    bare = read_all("conversations", str(path))
+    assert [x.reason for x in bare] == ["missing picture"] * 2
+    assert "with --images" in bare[0].detail
+    options = ReadOptions(images=str(images))
+    found, lost = read_all("conversations", str(path), options=options)
+    assert [x.data for x in found.pictures] == [png(3)]
+    assert found.pictures[0].file == str(images / "00000.tar")
+    assert lost.reason == "missing picture"
+
+
+def test_a_folder_of_pictures_is_not_searched_without_an_address(tmp_path: Path) -> None:
+    path, images = fetched(tmp_path)
+    path.write_bytes(as_lines([{"question": "Q?", "answer": "R."}]))
+    read_all("conversations", str(path), options=ReadOptions(images=str(images)))
+    assert [x.name for x in images.iterdir()] == ["00000.tar"]

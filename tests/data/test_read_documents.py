@@ -552,3 +552,27 @@ def test_addresses_under_a_folder_that_holds_no_picture_yet_are_looked_for_again
     (found,) = read(path, options=replace(OPTIONS, images=str(folder)))
     # What is stamped.
     assert found.detail.startswith(f"{folder}/{INDEX} has no {A}")
+
+
+def test_a_text_with_marks_shows_its_pictures_where_they_stand(put: Put) -> None:
+    for number in (1, 2):
+        put(f"{number}.png", png(number))
+    rows = [
+        {"text": "One. <image>\n<image> Two.", "images": ["1.png", "2.png"]},
+        {"text": "<image>One.", "images": ["1.png", "2.png"]},
+        {"text": ["One."], "images": ["1.png"]},
+    ]
+    expected = [["One.", 1, 2, "Two."], "- texts and pictures disagree", "- not a document"]
+    assert [shown(x) for x in read(put("a.jsonl", as_lines(rows)))] == expected
+    assert [shown(x) for x in read(put("b.parquet", table(rows[:2])))] == expected[:2]
+
+
+def test_nan_is_nothing_and_places_may_be_whole_floats(put: Put) -> None:
+    put("1.png", png(1))
+    nan = float("nan")
+    rows: list[dict[str, Any]] = [{"texts": [nan, "One."], "images": ["1.png", nan]}]
+    for place in (1.0, 1.5):
+        info = [{"image_name": "1.png", "matched_text_index": place}]
+        rows.append({"text_list": ["One.", "Two."], "image_info": info})
+    found = [shown(item) for item in read(put("a.jsonl", as_lines(rows)))]
+    assert found == [[1, "One."], ["One.", 1, "Two."], "- texts and pictures disagree"]

@@ -79,7 +79,7 @@ def units_of(section: Section, sources: Sequence[str], options: ReadOptions) -> 
         case "documents":
             units = document_units(sources, options)
         case "conversations":
-            units = conversation_units(sources)
+            units = conversation_units(sources, options)
         case "text":
             units = text_units(sources)
     for path, times in Counter(unit.files[0] for unit in units if not unit.first).items():

@@ -3,11 +3,14 @@
 Entries of a list are numbered from 0, lines from 1 (see `docs/data.md`).
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
-from midstream.data.formats.captions import load_shown, picture_roots
+from midstream.data.formats.captions import picture_roots
+from midstream.data.formats.document_parts import Pictures, Shown
 from midstream.data.formats.files import exists, find_files, full_name, is_folder, join
 from midstream.data.formats.json_records import (
     NOT_UNICODE,
@@ -16,6 +19,7 @@ from midstream.data.formats.json_records import (
     json_object,
     unicode_problem,
 )
+from midstream.data.formats.picture_urls import PicturesByUrl, index_urls
 from midstream.data.formats.records import (
     NUM_UNIT_RECORDS,
     ConversationRecord,
@@ -31,38 +35,44 @@ from midstream.data.source_writer import Reject
 LLAVA = "llava.json"
 SUFFIXES = (".json", ".jsonl", *TABLES)
 _ID_CHARACTERS = 80
+_PLAIN = ReadOptions()
+_URL = re.compile(rb'"https?:\\?/')
 
 
-def conversation_units(sources: Sequence[str]) -> list[Unit]:
+def conversation_units(sources: Sequence[str], options: ReadOptions = _PLAIN) -> list[Unit]:
     """The work that `sources` (files, folders, patterns, `fsspec` URLs) make, in their order.
 
     A folder stands for the `llava.json` in it, or for all JSON files under it. Files are cut every
-    20,000 records, for which they are read once. Raises FileNotFoundError for what is not there,
-    and ValueError for a file that holds no list or lines of records or is cut short.
+    20,000 records, for which they are read once. Where records hold addresses, those of what
+    img2dataset left under `options.images` are indexed (see `index_urls`). Raises FileNotFoundError
+    for what is not there, and ValueError for a file that holds no list or lines of records or is
+    cut short.
     """
-    return [
-        unit for source in sources for path in _files(source) for unit in _conversations_of(path)
-    ]
+    parts = [_conversations_of(path) for source in sources for path in _files(source)]
+    if options.images is not None and any(have_urls for _, have_urls in parts):
+        index_urls(options.images)
+    return [unit for units, _ in parts for unit in units]
 
 
 def read_conversations(unit: Unit, options: ReadOptions) -> Iterator[ConversationRecord | Reject]:
     """The records of a unit in the order of its file: turns and the bytes of pictures, or why not.
 
-    Pictures are looked for under `options.images`, else in the file's folder; a record that lacks
-    one is a reject. Blank lines are no records. Raises ValueError that names the file if it is cut
-    short or damaged.
+    Pictures are looked for under `options.images`, else in the file's folder, and addresses in what
+    img2dataset left there; a record that lacks one is a reject. Blank lines are no records. Raises
+    ValueError that names the file if it is cut short or damaged.
     """
     path = unit.files[0]
-    roots = picture_roots(path, options)
-    if unit.format == "table":
-        yield from _read_table(path, roots, options.rating)
-        return
-    for where, data in islice(_entries(path), unit.first, unit.last):
-        found = json_object(data, where)
-        if isinstance(found, dict):
-            yield _conversation(found, where, roots, options.rating)
-        else:
-            yield found
+    with closing(PicturesByUrl(options.images)) as by_url:
+        pictures = Pictures(picture_roots(path, options), by_url)
+        if unit.format == "table":
+            yield from _read_table(path, pictures, options.rating)
+            return
+        for where, data in islice(_entries(path), unit.first, unit.last):
+            found = json_object(data, where)
+            if isinstance(found, dict):
+                yield _conversation(found, where, pictures, options.rating)
+            else:
+                yield found
 
 
 def _files(source: str) -> list[str]:
@@ -81,14 +91,15 @@ def _files(source: str) -> list[str]:
 
 
 def _read_table(
-    path: str, roots: Sequence[str], rating: int | None
+    path: str, pictures: Pictures, rating: int | None
 ) -> Iterator[ConversationRecord | Reject]:
     wanted = KEYS + (() if rating is None else RATINGS)
     for where, row in table_records(path, wanted):
-        yield row if isinstance(row, Reject) else _conversation(row, where, roots, rating)
+        yield row if isinstance(row, Reject) else _conversation(row, where, pictures, rating)
 
 
-def _conversations_of(path: str) -> list[Unit]:
+def _conversations_of(path: str) -> tuple[list[Unit], bool]:
+    """The units of a file, and whether its records may hold addresses."""
     if full_name(path).endswith(TABLES):
         if not _holds_talk(names := columns_of(path).names):
             pairs = ", ".join(" and ".join(pair) for pair in PAIRS)
@@ -96,13 +107,17 @@ def _conversations_of(path: str) -> list[Unit]:
                 f"{path} has the columns {names}; a conversation needs one of {', '.join(LISTS)}, "
                 f"or a pair of {pairs}"
             )
-        return [Unit("table", (path,))]
-    num_records = sum(1 for _ in _entries(path))
+        return [Unit("table", (path,))], True
+    num_records, have_urls = 0, False
+    for _, data in _entries(path):
+        num_records += 1
+        have_urls = have_urls or _URL.search(data) is not None
     starts = range(0, max(1, num_records), NUM_UNIT_RECORDS)
     name = "json" if _is_list(path) else "jsonl"
     # The last one reads to the file's end.
     ends = [*starts[1:], None]
-    return [Unit(name, (path,), first, last) for first, last in zip(starts, ends, strict=True)]
+    units = [Unit(name, (path,), first, last) for first, last in zip(starts, ends, strict=True)]
+    return units, have_urls
 
 
 def _is_list(path: str) -> bool:
@@ -125,7 +140,7 @@ def _entries(path: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _conversation(
-    record: dict[str, Any], where: str, roots: Sequence[str], rating: int | None
+    record: dict[str, Any], where: str, pictures: Pictures, rating: int | None
 ) -> ConversationRecord | Reject:
     if isinstance(record.get("id"), str | int):
         where = f"{where} ({str(record['id'])[:_ID_CHARACTERS]!r})"
@@ -136,10 +151,10 @@ def _conversation(
     for number, turn in enumerate(talk.turns):
         if problem := unicode_problem("\n".join(turn[:3])):
             return Reject(where, NOT_UNICODE, f"in question or reply {number}: {problem}")
-    pictures: list[Picture] = []
+    loaded: list[Picture] = []
     for shown in talk.pictures:
-        picture = load_shown(shown, roots, where)
+        picture = pictures.load(Shown((shown,)), where)
         if isinstance(picture, Reject):
             return picture
-        pictures.append(picture)
-    return ConversationRecord(where, talk.turns, tuple(pictures), talk.left_out)
+        loaded.append(picture)
+    return ConversationRecord(where, talk.turns, tuple(loaded), talk.left_out)

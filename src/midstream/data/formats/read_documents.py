@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from midstream.data.examples import IMAGE_MARK
 from midstream.data.formats.captions import picture_roots
 from midstream.data.formats.document_parts import (
     PLACES,
@@ -59,11 +60,13 @@ NO_DOCUMENT = "not a document"
 EMPTY_PLACE, UNLIKE, OTHER = "place without text or picture", "similarity too low", "other modality"
 _MISSING = "missing picture"
 _PARALLEL, _MATCHED = ("texts", "images"), ("text_list", "image_info")
+_MARKED = ("text", "images")
 _ROWS = ("sample_id", "position", "modality")
 _ROW_COLUMNS = (*_ROWS, "text_content", "binary_content", "source_ref", "materialize_error")
 _LAYOUTS = (
     f"{' and '.join(_PARALLEL)} (OBELICS, MINT-1T), {' and '.join(_MATCHED)} (MMC4, with its "
-    f"similarity_matrix), or {', '.join(_ROWS)} (NeMo Curator)"
+    f"similarity_matrix), {', '.join(_ROWS)} (NeMo Curator), or {' and '.join(_MARKED)} with "
+    f"{IMAGE_MARK} where pictures stand"
 )
 
 Item = DocumentRecord | Reject
@@ -124,7 +127,7 @@ def _format(path: str) -> str:
         names = set(columns_of(path).names)
         if names >= {*_ROWS}:
             return "rows"
-        if names >= {*_PARALLEL} or names >= {*_MATCHED}:
+        if any(names >= {*layout} for layout in (_PARALLEL, _MATCHED, _MARKED)):
             return "table"
         raise ValueError(f"{path} has the columns {sorted(names)}; documents need {_LAYOUTS}")
     if name.endswith(".tar"):
@@ -147,7 +150,7 @@ def _read_json(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[
 
 
 def _read_table(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[Item]:
-    wanted = (*_PARALLEL, *_MATCHED, "similarity_matrix")
+    wanted = (*_PARALLEL, *_MATCHED, *_MARKED, "similarity_matrix")
     for where, row in table_records(path, wanted):
         if isinstance(row, Reject):
             yield row
@@ -199,10 +202,29 @@ def _layout_of(record: Mapping[str, Any], options: ReadOptions) -> _Layout:
             texts, shown = (unquoted(record[name]) for name in names)
             if not isinstance(texts, list) or not isinstance(shown, list):
                 raise DocumentError(NO_DOCUMENT, f"{' and '.join(names)} are no lists")
+            # NaN is how pandas says that there is none.
+            texts, shown = ([None if x != x else x for x in held] for held in (texts, shown))
             if wrong := {type(x).__name__ for x in texts if not isinstance(x, str | None)}:
                 raise DocumentError(NO_DOCUMENT, f"{names[0]} hold {sorted(wrong)}, not texts")
             return read(texts, shown, record, options)
-    raise DocumentError(NO_DOCUMENT, f"its keys are {list(record)}; it needs {_LAYOUTS}"[:300])
+    if all(name in record for name in _MARKED):
+        return _marked(*(unquoted(record[name]) for name in _MARKED))
+    raise DocumentError(NO_DOCUMENT, f"its keys are {list(record)}; it needs {_LAYOUTS}"[:400])
+
+
+def _marked(text: object, shown: object) -> _Layout:
+    """A text in which each `<image>` stands for the next picture."""
+    if not isinstance(text, str) or not isinstance(shown, list):
+        found = f"{type(text).__name__} and {type(shown).__name__}"
+        raise DocumentError(NO_DOCUMENT, f"{' and '.join(_MARKED)} are {found}, no text and list")
+    pieces = [piece.strip() for piece in text.split(IMAGE_MARK)]
+    if len(pieces) - 1 != len(shown):
+        found = f"{len(pieces) - 1} {IMAGE_MARK} marks, {len(shown)} pictures"
+        raise DocumentError(PLACES, found)
+    parts: list[Part] = [pieces[0]]
+    for picture, piece in zip(shown, pieces[1:], strict=True):
+        parts += [Shown((picture,)), piece]
+    return _Layout([[part for part in parts if part]])
 
 
 def _parallel(
@@ -237,6 +259,7 @@ def _matched(
     left_out: list[str] = []
     for number, info in enumerate(shown):
         place = info.get("matched_text_index") if isinstance(info, dict) else None
+        place = int(place) if isinstance(place, float) and place.is_integer() else place
         if not isinstance(info, dict) or type(place) is not int or not 0 <= place < len(texts):
             found = f"picture {number} is matched to text {place!r} of {len(texts)}"
             raise DocumentError(PLACES, found)
