@@ -47,6 +47,7 @@ PAIRED: list[tuple[Record, Conversation]] = [
     ({"instruction": "Q?", "output": "R.", "history": [["A?", "a"]]}, HISTORY),
     ({"query": "<image>Q?", "response": "R.", "images": ["a"], "history": None}, asked("Q?", "a")),
     ({"image_url": "http://a", "question": "Q?", "answer": "R."}, asked("Q?", "http://a")),
+    ({"label": False, "question": "Q?", "answer": "R."}, asked("Q?")),
     ({"image": "a", "prefix": "Q?", "suffix": "R."}, asked("Q?", "a")),
     ({"prompt": "Q?", "completion": "R.", "system": "S."}, SYSTEM),
     ({"prompt": [{"role": "system", "content": "S."}, ask("Q?")], "completion": "R."}, SYSTEM),
@@ -66,6 +67,7 @@ def test_pairs_are_conversations_alone_in_lists_and_behind_their_history(
 AB = {"images": ["a", "b"]}
 BOTH = Conversation((Turn("Q?", "R.", "", (0,)), Turn("And?", "R.", "", (0,))), ("a", "b"))
 LETTERS = Conversation((Turn("Q", "R.", "", (0,)), Turn("A", "R.", "", (0,))), ("a", "b"))
+TWELVE = {f"<image_{n}>": f"{n}.jpg" for n in range(12)}
 SHOWN: list[tuple[Record, Conversation]] = [
     # Nothing marks them: before the first question.
     (talk(ask("Q?"), reply("R."), **AB), asked("Q?", "a", "b")),
@@ -97,6 +99,10 @@ SHOWN: list[tuple[Record, Conversation]] = [
             image={"<image_01>": "b", "<image_00>": "a"},
         ),
         asked("or", "b", "a", places=(0, 2)),
+    ),
+    (
+        talk(ask("".join(f"<image_{n}>" for n in range(12))), reply("R."), image=TWELVE),
+        asked("", *TWELVE.values()),
     ),
     # Parts by their number, and with their text under other names.
     (

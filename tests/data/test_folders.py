@@ -207,6 +207,14 @@ EXPECTED: dict[str, tuple[Section, list[str]]] = {
         "conversations",
         ["In: What is it?\nOut: A boat.", "In: \nOut: A boat on a river."],
     ),
+    "pairs.jsonl": (
+        "conversations",
+        [
+            "In: Translate.\nBoot\nOut: Boat.",
+            "In: What is it?\nOut: A boat.",
+            "Be brief.\nIn: Say hello.\nOut: Hello.",
+        ],
+    ),
 }
 
 
@@ -241,11 +249,11 @@ def test_several_pictures_stand_where_the_page_says(page: Path) -> None:
     assert [turn.pictures for item in talks for turn in item.turns] == [(0, 0), (6, 15)]
     documents = [
         [isinstance(part, str) for part in item.parts]
-        for name in ("pages.jsonl", "mmc4.jsonl")
+        for name in ("pages.jsonl", "mmc4.jsonl", "marked.jsonl")
         for unit in document_units([str(page / name)], ReadOptions())
         for item in read_documents(unit, ReadOptions())
     ]
-    assert documents == [[True, False, True], [True, False, True]]
+    assert documents == [[True, False, True]] * 3
 
 
 def test_the_manifest_that_the_page_shows_belongs_to_its_shard(page: Path, tmp_path: Path) -> None:

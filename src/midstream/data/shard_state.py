@@ -30,7 +30,7 @@ from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX
 
 # By section; raise one when equal input would give another shard: its shards are then made anew.
-PREPARATION: dict[Section, int] = {"text": 3, "captions": 4, "conversations": 5, "documents": 4}
+PREPARATION: dict[Section, int] = {"text": 3, "captions": 4, "conversations": 5, "documents": 5}
 # Requests about URLs that are under way at once.
 NUM_REQUESTS = 16
 

@@ -63,7 +63,7 @@ _OTHER_MARKS = re.compile(
 _NO_CHANCE = re.compile(
     r"<\|(?:vision_start|image_pad|image(?:_?\d+)?)\|>|<image_placeholder>|<ImageHere>"
 )
-_LIKE_MARKS = re.compile(r"(?i)<\|?/?(?:image|img|picture)[^<>\n]{0,16}>|\[(?:image|img)\]")
+_LIKE_MARKS = re.compile(r"(?i)<\|?(?:image|picture)[^<>\n]{0,3}>|<img></img>")
 _NUMBERED = re.compile(r"<image_?\d+>")
 # Where a part has its picture.
 _SHOWN = (
@@ -253,7 +253,7 @@ def pictures_under(values: Mapping[str, Any], where: str, place: str = "") -> li
         value = unquoted(values[key])
         if isinstance(value, dict) and all(map(_NUMBERED.fullmatch, value)):
             # MiniCPM-V's: a name for each mark.
-            value = [value[mark] for mark in sorted(value)]
+            value = [value[mark] for mark in sorted(value, key=lambda x: int(x.strip("<image_>")))]
         held = value if isinstance(value, list) else [value]
         found += [_picture(x, where, f"under {key!r}{place}") for x in held if not _is_none(x)]
     return found

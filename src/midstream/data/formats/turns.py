@@ -142,9 +142,11 @@ def _messages(role: str, value: Any) -> list[Any]:
 
 def _said_in(record: dict[str, Any], where: str, rating: int | None) -> list[Said]:
     if better := [key for key in _BETTER if not is_absent(record.get(key))]:
-        detail = f"under {better[0]!r}; keep the reply that is to be learnt, as the last turn"
+        detail = f"it has {better[0]!r} beside what is said"
         raise ConversationError(where, "preference pair", detail)
-    if judged := [key for key in _JUDGED if record.get(key) is False]:
+    judged = [key for key in _JUDGED if record.get(key) is False]
+    # Beside a question and its answer a label is something else.
+    if judged and (judged != ["label"] or pair_in(record) is None):
         raise ConversationError(where, "reply judged bad", f"{judged[0]!r} is false")
     turns = _listed(record)
     if not isinstance(turns, list) or not turns:
