@@ -147,6 +147,8 @@ def test_pictures_are_found_where_other_programs_name_and_mark_them(
         (talk(ask("Q?"), {"role": "oracle", "content": "R."}), "unknown role"),
         ({"image": "a", "question": "Q?", "answer": ["R.", "r"]}, "more than one reply"),
         ({"image": "a", "question": "Q?", "answers": ["R."]}, "no conversation"),
+        (talk(ask([["Q?"]]), reply("R.")), "no conversation"),
+        (talk(ask([None]), reply("R.")), "no conversation"),
     ],
 )
 def test_what_would_be_learnt_wrongly_is_refused_with_its_reason(

@@ -56,7 +56,7 @@ _NAMED = re.compile(
 # Marks of other programs, some with the number of their picture.
 _OTHER_MARKS = re.compile(
     r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|(?:<\|image_pad\|>)+|<\|image\|>"
-    r"|<\|?image[ _]?(\d+)\|?>|<image_placeholder>|(?:<Img>)?<ImageHere>(?:</Img>)?"
+    r"|<\|?image[ _]?(\d{1,6})\|?>|<image_placeholder>|(?:<Img>)?<ImageHere>(?:</Img>)?"
     r"|<start_of_image>|\[IMG\]"
 )
 # Those that no text has by chance, and what may be meant for a mark.
@@ -64,7 +64,7 @@ _NO_CHANCE = re.compile(
     r"<\|(?:vision_start|image_pad|image(?:_?\d+)?)\|>|<image_placeholder>|<ImageHere>"
 )
 _LIKE_MARKS = re.compile(r"(?i)<\|?(?:image|picture)[^<>\n]{0,3}>|<img></img>")
-_NUMBERED = re.compile(r"<image_?\d+>")
+_NUMBERED = re.compile(r"<image_?\d{1,6}>")
 # Where a part has its picture.
 _SHOWN = (
     *("image", "image_url", "url", "path", "image_path", "file_name"),
@@ -210,9 +210,10 @@ def text_of(role: str, content: object, where: str, place: str) -> Said:
     text, shown = "", []
     for number, part in enumerate(content):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type") if isinstance(part, dict) else None
-        said = _text_in(part) if isinstance(part, dict) else None
         at = f"{place}, part {number}"
+        if not isinstance(part, dict):
+            raise ConversationError(where, NO_TALK, f"{at} is {type(part).__name__}")
+        kind, said = part.get("type"), _text_in(part)
         value = next((part[x] for x in _SHOWN if part.get(x)), None) if kind or not said else None
         if kind in ("image", "image_url", "input_image") or (kind is None and value is not None):
             index = part.get("index")
