@@ -148,7 +148,7 @@ def test_pictures_are_found_where_other_programs_name_and_mark_them(
         ({"image": "a", "question": "Q?", "answer": ["R.", "r"]}, "more than one reply"),
         ({"image": "a", "question": "Q?", "answers": ["R."]}, "no conversation"),
         (talk(ask([["Q?"]]), reply("R.")), "no conversation"),
-        (talk(ask([None]), reply("R.")), "no conversation"),
+        (talk(ask([None, "Q?"]), reply("R.")), "no conversation"),
     ],
 )
 def test_what_would_be_learnt_wrongly_is_refused_with_its_reason(
@@ -230,6 +230,7 @@ def test_pictures_at_addresses_are_those_that_img2dataset_fetched(tmp_path: Path
 
 def test_a_folder_of_pictures_is_not_searched_without_an_address(tmp_path: Path) -> None:
     path, images = fetched(tmp_path)
-    path.write_bytes(as_lines([{"question": "Q?", "answer": "R."}]))
+    talk = {"url": "https://a", "question": "https://b?", "answer": "https://c"}
+    path.write_bytes(as_lines([talk]))
     read_all("conversations", str(path), options=ReadOptions(images=str(images)))
     assert [x.name for x in images.iterdir()] == ["00000.tar"]

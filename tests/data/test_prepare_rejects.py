@@ -53,7 +53,7 @@ def test_a_picture_at_an_address_is_a_reject_and_nothing_is_asked_for_it(tmp_pat
     (tmp_path / "in" / str(good["image"])).write_bytes(png(1))
     (tmp_path / "in/a.json").write_text(json.dumps([good, bad]))
     done = run("conversations", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.5)
-    assert done["rejects"] == {"picture outside the folder": 1}
+    assert done["rejects"] == {"missing picture": 1}
 
 
 @pytest.mark.parametrize("name", PICTURES)

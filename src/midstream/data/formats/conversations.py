@@ -11,7 +11,7 @@ from typing import Any
 
 from midstream.data.formats.captions import picture_roots
 from midstream.data.formats.document_parts import Pictures, Shown
-from midstream.data.formats.files import exists, find_files, full_name, is_folder, join
+from midstream.data.formats.files import exists, find_files, full_name, is_folder, is_url, join
 from midstream.data.formats.json_records import (
     NOT_UNICODE,
     entries_of,
@@ -43,14 +43,16 @@ def conversation_units(sources: Sequence[str], options: ReadOptions = _PLAIN) ->
     """The work that `sources` (files, folders, patterns, `fsspec` URLs) make, in their order.
 
     A folder stands for the `llava.json` in it, or for all JSON files under it. Files are cut every
-    20,000 records, for which they are read once. Where records hold addresses, those of what
+    20,000 records, for which they are read once. Where records show addresses, those of what
     img2dataset left under `options.images` are indexed (see `index_urls`). Raises FileNotFoundError
     for what is not there, and ValueError for a file that holds no list or lines of records or is
     cut short.
     """
-    parts = [_conversations_of(path) for source in sources for path in _files(source)]
-    if options.images is not None and any(have_urls for _, have_urls in parts):
-        index_urls(options.images)
+    images = options.images
+    asks = images is not None
+    parts = [_conversations_of(path, asks=asks) for source in sources for path in _files(source)]
+    if images is not None and any(have_urls for _, have_urls in parts):
+        index_urls(images)
     return [unit for units, _ in parts for unit in units]
 
 
@@ -98,8 +100,9 @@ def _read_table(
         yield row if isinstance(row, Reject) else _conversation(row, where, pictures, rating)
 
 
-def _conversations_of(path: str) -> tuple[list[Unit], bool]:
-    """The units of a file, and whether its records may hold addresses."""
+def _conversations_of(path: str, *, asks: bool) -> tuple[list[Unit], bool]:
+    """The units of a file and, if one `asks`, whether its records (of a table the first) show
+    addresses."""
     if full_name(path).endswith(TABLES):
         if not _holds_talk(names := columns_of(path).names):
             pairs = ", ".join(" and ".join(pair) for pair in PAIRS)
@@ -107,17 +110,27 @@ def _conversations_of(path: str) -> tuple[list[Unit], bool]:
                 f"{path} has the columns {names}; a conversation needs one of {', '.join(LISTS)}, "
                 f"or a pair of {pairs}"
             )
-        return [Unit("table", (path,))], True
+        first = islice(table_records(path, KEYS), int(asks))
+        return [Unit("table", (path,))], any(_has_address(*row) for row in first)
     num_records, have_urls = 0, False
-    for _, data in _entries(path):
+    for where, data in _entries(path):
         num_records += 1
-        have_urls = have_urls or _URL.search(data) is not None
+        if asks and not have_urls and _URL.search(data) is not None:
+            have_urls = _has_address(where, json_object(data, where))
     starts = range(0, max(1, num_records), NUM_UNIT_RECORDS)
     name = "json" if _is_list(path) else "jsonl"
     # The last one reads to the file's end.
     ends = [*starts[1:], None]
     units = [Unit(name, (path,), first, last) for first, last in zip(starts, ends, strict=True)]
     return units, have_urls
+
+
+def _has_address(where: str, record: dict[str, Any] | Reject) -> bool:
+    try:
+        shown = () if isinstance(record, Reject) else conversation_of(record, where).pictures
+    except ConversationError:
+        return False
+    return any(isinstance(x, str) and is_url(x) and not x.startswith("file:") for x in shown)
 
 
 def _is_list(path: str) -> bool:

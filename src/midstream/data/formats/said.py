@@ -206,7 +206,8 @@ def text_of(role: str, content: object, where: str, place: str) -> Said:
         return Said(role, IMAGE_MARK.join(pieces[::2]), tuple(shown))
     content = [content] if isinstance(content, dict) and "type" in content else content
     if not isinstance(content, list):
-        raise ConversationError(where, NO_TALK, f"{place} has no text but {type(content).__name__}")
+        what = f"{place} has no text but {type(content).__name__}; write it as a text"
+        raise ConversationError(where, NO_TALK, what)
     text, shown = "", []
     for number, part in enumerate(content):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
