@@ -51,6 +51,7 @@ PAIRED: list[tuple[Record, Conversation]] = [
     ({"image": "a", "prefix": "Q?", "suffix": "R."}, asked("Q?", "a")),
     ({"prompt": "Q?", "completion": "R.", "system": "S."}, SYSTEM),
     ({"prompt": [{"role": "system", "content": "S."}, ask("Q?")], "completion": "R."}, SYSTEM),
+    ({"system_prompt": "S.", "question": "Q?", "response": "R."}, SYSTEM),
     ({"conversation": [{"system": "S.", "input": "Q?", "output": "R."}]}, SYSTEM),
     ({"conversation": [{"human": "Q?", "assistant": "R."}], "system": "S."}, SYSTEM),
     ({"conversation": [[ask("Q?")], [reply("R.")]], "images": ["a"]}, asked("Q?", "a")),
@@ -112,6 +113,10 @@ SHOWN: list[tuple[Record, Conversation]] = [
     (
         talk(ask([{"type": "image", "value": "a"}, {"type": "text", "value": "Q?"}]), reply("R.")),
         asked("Q?", "a"),
+    ),
+    (
+        talk(ask("Picture 1: <img>https://x/a?b=1</img>Q?"), reply("R.")),
+        asked("Q?", "https://x/a?b=1"),
     ),
     # NaN is nothing.
     (

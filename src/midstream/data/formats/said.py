@@ -15,7 +15,8 @@ _KEYS = (("from", "value"), ("role", "content"), ("speaker", "text"))
 PAIRS = (
     *(("user", "assistant"), ("human", "assistant"), ("instruction", "output")),
     *(("instruction", "response"), ("query", "response"), ("question", "answer")),
-    *(("prompt", "completion"), ("prompt", "response"), ("prefix", "suffix"), ("input", "output")),
+    *(("question", "response"), ("prompt", "completion"), ("prompt", "response")),
+    *(("prefix", "suffix"), ("input", "output")),
 )
 # What stands behind the question of a pair, on a line of its own.
 BEHIND = ("input", "context")
@@ -51,7 +52,8 @@ MARKS_DIFFER, NO_PICTURE = "marks and pictures disagree", f"{IMAGE_MARK} without
 NO_MARK, OUTSIDE = f"picture without {IMAGE_MARK}", "picture outside a question"
 # Qwen-VL's marks hold the name of their picture.
 _NAMED = re.compile(
-    r"(?i)(?:Picture \d+: *)?<img>([^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?))</img>"
+    r"(?i)(?:Picture \d+: *)?"
+    r"<img>([^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)|[^<>\n]*/[^<>\n]+)</img>"
 )
 # Marks of other programs, some with the number of their picture.
 _OTHER_MARKS = re.compile(

@@ -32,7 +32,7 @@ RATINGS = tuple(
     f"{name}_ratings"
     for name in ("relevance", "image_correspondence", "visual_dependency", "formatting")
 )
-_HISTORY = "history"
+_HISTORY, _SYSTEM = "history", ("system", "system_prompt")
 # Records of two replies of which one is the better, or of one that is not to be learnt.
 _BETTER = ("chosen", "rejected", "rejected_response", "rejected_messages")
 _JUDGED = ("kto_tag", "label")
@@ -40,7 +40,7 @@ _JUDGED = ("kto_tag", "label")
 _BOXES, _PLACEHOLDERS = "objects", ("<bbox>", "<ref-object>")
 # All keys of records that are read.
 KEYS = (
-    *(*LISTS, "id", "system", _HISTORY, _BOXES, *BEHIND, *_BETTER, *_JUDGED),
+    *(*LISTS, "id", *_SYSTEM, _HISTORY, _BOXES, *BEHIND, *_BETTER, *_JUDGED),
     *(*PICTURE_KEYS, *VIDEO_KEYS, *dict.fromkeys(key for pair in PAIRS for key in pair)),
 )
 # Why a question, or a system text, is left out; why a conversation is.
@@ -155,7 +155,8 @@ def _said_in(record: dict[str, Any], where: str, rating: int | None) -> list[Sai
         pairs = "a pair such as question and answer"
         detail = f"it needs a list of turns under one of {keys}, or {pairs}{what}"
         raise ConversationError(where, NO_TALK, detail)
-    system = text_of("system", record.get("system"), where, "'system'")
+    told = next((record[key] for key in _SYSTEM if not is_absent(record.get(key))), None)
+    system = text_of("system", told, where, "'system'")
     said = [system] if system.text else []
     for number, turn in enumerate(turns):
         low = rating is not None and _lowest(record, number, rating) < rating
