@@ -28,6 +28,7 @@ _FURTHER = (
 )
 PICTURE_KEYS = _IMAGES + _FURTHER
 VIDEO_KEYS = ("video", "videos", "audio", "audios")
+_SEEN = frozenset((*PICTURE_KEYS, *VIDEO_KEYS))
 _TOOL = "tool"
 _TOOLS = (
     *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "tool_use"),
@@ -136,8 +137,9 @@ def said_of(turn: object, where: str, number: int, *, is_rated_low: bool = False
         known = "user, assistant, system, tool and names like these"
         raise ConversationError(where, "unknown role", f"{at}: {who[:80]!r}; known are {known}")
     said = text_of(role, None if role in MISSING else content, where, at)
-    learnt = role != "gpt" or _is_learnt(turn, where, at)
-    yield replace(_showing(said, own, where), learnt=learnt)
+    said = _showing(said, own, where)
+    unlearnt = role == "gpt" and not _is_learnt(turn, where, at)
+    yield replace(said, learnt=False) if unlearnt else said
 
 
 def _question(turn: Mapping[str, Any], pair: tuple[str, str]) -> object:
@@ -247,6 +249,8 @@ def pictures_under(values: Mapping[str, Any], where: str, place: str = "") -> li
 
     Raises ConversationError that names `where`, also for videos and sound.
     """
+    if _SEEN.isdisjoint(values):
+        return []
     for other in VIDEO_KEYS:
         if not is_absent(values.get(other)):
             raise ConversationError(where, VIDEO, f"under {other!r}{place}")
