@@ -25,7 +25,8 @@ from midstream.data.examples import (
     text_example,
     without_marks,
 )
-from midstream.data.formats.turns import Conversation, ConversationError, conversation_of
+from midstream.data.formats.said import ConversationError
+from midstream.data.formats.turns import Conversation, conversation_of
 
 
 def byte_tokenizer() -> Tokenizer:
