@@ -11,7 +11,7 @@ from midstream.data.source_writer import Reject
 NO_OBJECT, NOT_UTF8, NOT_UNICODE = "not a JSON object", "not UTF-8", "not Unicode"
 MAX_ENTRY_BYTES, _LONE_BYTES = 256 * 2**20, 2**24
 _PIECE_BYTES = 2**20
-_BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+_BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 # What stands before the next bracket or, between the entries of the list itself, comma: other
 # characters, and strings, in which brackets and commas mean nothing.
@@ -55,11 +55,8 @@ def unicode_problem(text: str) -> str:
 
 
 def holds_list(path: str) -> bool:
-    """Whether the file's JSON is one list of records, and not lines of them.
-
-    Raises ValueError that names the file if it is UTF-16.
-    """
-    head = _head(path)
+    """Whether the file's JSON is one list of records, and not lines of them."""
+    head = read_head(path, 2**16).removeprefix(_BOM).lstrip(_SPACE)
     line, _, rest = head.partition(b"\n")
     if not head.startswith(b"[") or not rest.strip():
         return head.startswith(b"[")
@@ -69,13 +66,6 @@ def holds_list(path: str) -> bool:
         return True
     # Its first line is a list of its own.
     return False
-
-
-def _head(path: str) -> bytes:
-    head = read_head(path, 2**16)
-    if head.startswith(_UTF16):
-        raise ValueError(f"{path} is in UTF-16 (PowerShell writes it so); write it in UTF-8")
-    return head.removeprefix(_BOM).lstrip(_SPACE)
 
 
 def entries_of(path: str, *, listed: bool) -> Iterator[tuple[str, bytes]]:
@@ -95,7 +85,7 @@ def entries_of(path: str, *, listed: bool) -> Iterator[tuple[str, bytes]]:
 def lone_object(path: str) -> bytes:
     """The bytes of the one object over several lines that a file of up to 16 MiB holds; else
     nothing."""
-    head = _head(path)
+    head = read_head(path, 2**16).removeprefix(_BOM).lstrip(_SPACE)
     line, end, _ = head.partition(b"\n")
     if not head.startswith(b"{") or not end or isinstance(json_object(line, path), dict):
         return b""
