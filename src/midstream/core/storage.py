@@ -134,6 +134,17 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path.replace(path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")))
 
 
+def require_folder(path: Path, remedy: str) -> None:
+    """Raises NotADirectoryError with the remedy for a file, or a link to nowhere, in place of a
+    folder; there need not be one yet."""
+    if path.is_symlink() and not path.exists():
+        raise NotADirectoryError(
+            f"{path} is a link to {path.readlink()}, which is not there; {remedy}"
+        )
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, not a folder; {remedy}")
+
+
 def require_writable(folder: Path) -> None:
     """Raises PermissionError, with both users and the remedy, for a folder that is not ours."""
     if not folder.is_dir() or os.access(folder, os.W_OK | os.X_OK):

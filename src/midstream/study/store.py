@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from midstream.core.storage import (
     read_json,
     remove_leftovers,
+    require_folder,
     require_writable,
     write_bytes,
     write_json,
@@ -51,9 +52,10 @@ class OpenStage:
 
 
 class Ledger:
-    """The store at `store`, read and written by stage."""
+    """The store at `store`, read and written by stage; NotADirectoryError for what is no folder."""
 
     def __init__(self, store: Path) -> None:
+        require_folder(store, "give another --store")
         self.store = store
 
     @property

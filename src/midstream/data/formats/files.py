@@ -52,12 +52,18 @@ _STARTS = {
     ".json": rb"(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*\"",
 }
 _ARCHIVES = (".zip", ".rar", ".7z")
+# Token ids as nanoGPT, Megatron, OLMo, MosaicML and nanotron keep them.
+_TOKENISED = (".bin", ".idx", ".npy", ".npz", ".mds", ".ds")
 _HEAD = 16
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _DAMAGE = (EOFError, OSError, UnicodeError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 # A file in place of another: version https://git-lfs.github.com/spec/v1, oid, size.
 _POINTER, _POINTER_BYTES = b"version https://", 512
 MAX_LINE_BYTES = 256 * 2**20
+TEXTS_THEMSELVES = (
+    "token ids are read as OpenLM writes them (docs/data.md); give the texts that these were made "
+    "from"
+)
 _PIECE_BYTES = 2**20
 _MAGIC = re.compile(r"[*?[]")
 _BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<list>[^{},]*(?:,[^{},]*)+))\}")
@@ -89,12 +95,19 @@ def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
         raise ValueError(f"{source} is an archive that no reader opens; unpack it into a folder")
     if not found:
         others = f", but with {name_some(map(base_name, shown), 5)}" if shown else ""
+        remedy = "give the file or the folder that holds them"
+        if any(map(is_tokenised, shown)):
+            remedy = TEXTS_THEMSELVES
         raise FileNotFoundError(
             f"{source} is no file, folder or pattern with a file named *{', *'.join(suffixes)} "
-            f"(or compressed: {', '.join(PACKED)})"
-            f"{others}; give the file or the folder that holds them"
+            f"(or compressed: {', '.join(PACKED)}){others}; {remedy}"
         )
     return found
+
+
+def is_tokenised(path: str) -> bool:
+    """Whether a file is called as those in which other programs keep token ids."""
+    return plain_name(base_name(path)).endswith(_TOKENISED)
 
 
 def _once(files: list[str]) -> list[str]:
@@ -359,6 +372,9 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
             stream = stack.enter_context(
                 io.BufferedReader(cast(io.RawIOBase, source), _PIECE_BYTES)
             )
+            head = _checked(path, stream.peek, _HEAD)[:_HEAD]
+            if any(re.match(pattern, head, re.DOTALL) for pattern in _BEGINS.values()):
+                raise ValueError(f"{path} is compressed twice; unpack it once, and give the result")
         if _checked(path, stream.peek, 2)[:2] in _UTF16:
             stream = stack.enter_context(io.BufferedReader(_Recoded(stream), _PIECE_BYTES))
         yield stream
@@ -390,6 +406,11 @@ def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:
     except RemoteError:
         raise
     except _DAMAGE as error:
+        if "too much memory" in str(error):  # zstd's words for a window of more than 128 MiB
+            raise ValueError(
+                f"{path} was compressed with a longer window than is read here ({error}); unpack "
+                "it with zstd -d --long=31, and give the result"
+            ) from None
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from None
 
 
