@@ -229,7 +229,9 @@ def read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:
-        raise ValueError(f"{path} is not a tokenizer file of `tokenizers`: {error}") from None
+        raise ValueError(
+            f"{path} is not a tokenizer file of `tokenizers`: {error}; give a tokenizer.json"
+        ) from None
 
 
 def own_begin_of_text(tokenizer: "tokenizers.Tokenizer") -> int | None:
