@@ -197,8 +197,8 @@ def test_a_killed_end_without_the_success_mark_is_not_done(ledger: Ledger, stage
 
 def test_leftovers_of_a_killed_writer_are_removed(ledger: Ledger, stage: Stage) -> None:
     folder = ledger.folder(stage)
-    (folder / "checkpoints" / ".step-1.abc.tmp").mkdir(parents=True)
-    (folder / ".results.json.abc.tmp").write_text("{")
+    (folder / "checkpoints" / f".step-1.{'a0' * 16}.tmp").mkdir(parents=True)
+    (folder / f".results.json.{'a0' * 16}.tmp").write_text("{")
     with ledger.open_stage(stage) as work:
         assert not list(folder.rglob(".*.tmp"))
         work.finish({})
@@ -272,6 +272,18 @@ def test_a_study_is_kept_and_read_by_name(ledger: Ledger, make_study: MakeStudy)
     assert [stage.name for stage in order(read)] == [stage.name for stage in order(study)]
     with pytest.raises(FileNotFoundError, match=r"'large'.*it has small"):
         ledger.load_study("large")
+
+
+def test_a_store_that_is_no_folder_is_refused_and_one_that_is_not_there_yet_is_not(
+    tmp_path: Path,
+) -> None:
+    assert not Ledger(tmp_path / "new").study_names()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "away")
+    with pytest.raises(NotADirectoryError, match=r"file is a file, not a folder; .*--store"):
+        Ledger(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match=r"nowhere is a link to .*away"):
+        Ledger(tmp_path / "nowhere")
 
 
 def test_a_second_launcher_is_refused_and_leaves_the_store_as_it_was(ledger: Ledger) -> None:

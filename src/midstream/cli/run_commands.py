@@ -240,7 +240,7 @@ def slurm_settings(
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = tomllib.loads(file.read_text())
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{file} is not TOML: {error}") from None
     stages = _tables(values.pop("stages", {}))

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MANIFEST = "manifest.json"
+# What ends the name of a file or folder that is being written, or is on its way out.
+_LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(tmp|old)\Z")
 # Files that are read, hashed or written at once; `hashlib` leaves the interpreter to others.
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -227,7 +229,7 @@ def verify(
 
 def remove_leftovers(folder: Path, prefix: str = "") -> int:
     """Delete what writers of `prefix*` killed in the middle left in `folder`; returns how many."""
-    left = [item for item in folder.glob(f".{prefix}*") if item.suffix in (".tmp", ".old")]
+    left = [item for item in folder.glob(f".{prefix}*") if _LEFTOVER.search(item.name)]
     for item in left:
         shutil.rmtree(item) if item.is_dir() else item.unlink()
     return len(left)

@@ -213,7 +213,7 @@ class Ledger:
 
     def study_names(self) -> list[str]:
         """The studies that were run in this store, in the order of the alphabet."""
-        return sorted(path.stem for path in (self.store / "studies").glob("*.json"))
+        return sorted(path.stem for path in (self.store / "studies").glob("[!.]*.json"))
 
     def _write_status(
         self, stage: Stage, state: State, about: Mapping[str, Any], *, error: str | None = None
