@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
 import own_world
 import tiny
@@ -320,6 +321,20 @@ def test_a_picture_needs_room_for_what_begins_its_example(
         model = seen(data, Epochs(sources=("pictures",), epochs=1), rows)
         found = [problem.what for problem in told(empty, model)]
         assert any("take 6 positions, a row has 5" in what for what in found) == is_refused, found
+
+
+def test_a_tokenizers_file_with_more_ids_than_the_decoder_is_refused(
+    world: Path, empty: Ledger, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, "a"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    file = TokenizerFile.read(tmp_path / "tokenizer.json")
+    data = own_world.data_of(world).model_copy(update={"tokenizer": file})
+    for size, expected in ((2, ["tokenizer.json has 3 ids, the decoder has 2"]), (3, [])):
+        model = seen(data, mixed(200, web=1.0))
+        decoder = model.decoder.model_copy(update={"vocab_size": size})
+        found = told(empty, model.model_copy(update={"decoder": decoder, "start": FromScratch()}))
+        assert [one.what.rpartition("/")[2] for one in found] == expected
 
 
 def test_adapters_without_peft_are_told_before_anything_runs(

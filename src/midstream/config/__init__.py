@@ -24,7 +24,10 @@ from midstream.config.connectors import GatedBlocks as GatedBlocks
 from midstream.config.connectors import PixelShuffle as PixelShuffle
 from midstream.config.connectors import ProjectorConfig as ProjectorConfig
 from midstream.config.connectors import Resampler as Resampler
+from midstream.config.data import END_OF_TEXT as END_OF_TEXT
+from midstream.config.data import NO_BEGIN as NO_BEGIN
 from midstream.config.data import OWN_RULE as OWN_RULE
+from midstream.config.data import SEPARATOR as SEPARATOR
 from midstream.config.data import ExpectedSource as ExpectedSource
 from midstream.config.data import PocketWorld as PocketWorld
 from midstream.config.data import PublicFolder as PublicFolder
@@ -33,7 +36,9 @@ from midstream.config.data import Tokenizer as Tokenizer
 from midstream.config.data import TokenizerFile as TokenizerFile
 from midstream.config.data import TrainedTokenizer as TrainedTokenizer
 from midstream.config.data import World as World
+from midstream.config.data import add_own_tokens as add_own_tokens
 from midstream.config.data import begin_of_text_named as begin_of_text_named
+from midstream.config.data import num_ids as num_ids
 from midstream.config.data import own_begin_of_text as own_begin_of_text
 from midstream.config.data import read_tokenizer as read_tokenizer
 from midstream.config.model import DECODERS as DECODERS

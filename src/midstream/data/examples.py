@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models, processors
+from tokenizers import Tokenizer, models, processors
 
-from midstream.config import own_begin_of_text, read_tokenizer
+from midstream.config import END_OF_TEXT as END_OF_TEXT
+from midstream.config import SEPARATOR as SEPARATOR
+from midstream.config import add_own_tokens, own_begin_of_text, read_tokenizer
 from midstream.data.tokenise import fast_encoder
 
-END_OF_TEXT = "<|endoftext|>"
-SEPARATOR = "<|separator|>"
 # Ends a reply in tokenizers that have it; nothing of ours writes it.
 AGENT_STOP = "<|agent_stop|>"
-# A tokenizer's own end of text is the first of these that it has.
-_ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 IMAGE_MARK = "<image>"
 
 
@@ -71,11 +69,7 @@ class TextCodec:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        held = [token for token in _ENDS_OF_TEXT if tokenizer.token_to_id(token) is not None]
-        end_of_text = held[0] if held else END_OF_TEXT
-        tokenizer.add_special_tokens(
-            [AddedToken(end_of_text, special=True), AddedToken(SEPARATOR, special=True)]
-        )
+        end_of_text = add_own_tokens(tokenizer)
         # A file may carry its model's own cut and padding; examples are whole and as they are.
         tokenizer.no_truncation()
         tokenizer.no_padding()

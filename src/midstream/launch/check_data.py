@@ -21,6 +21,7 @@ from midstream.config import (
     check_caption,
     check_picture,
     check_pool,
+    num_ids,
 )
 from midstream.core.identity import file_sha256
 from midstream.core.storage import read_json
@@ -41,6 +42,7 @@ from midstream.study.stages import (
     Stage,
     Trained,
     TrainEncoder,
+    came_from,
     overflow_of,
 )
 from midstream.study.store import Ledger
@@ -253,12 +255,23 @@ def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
         yield Problem(f"{who}, so that nothing would be learnt", "add a source that does")
     if stage.training.lora is not None and find_spec("peft") is None:
         yield Problem("lora is given, and peft is not installed", 'pip install "midstream[lora]"')
-    if isinstance(stage, Pretrain):
-        tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
-        if isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > size:
-            trained = f"the tokenizer is trained to {tokenizer.vocab_size:,} ids"
-            remedy = "raise the decoder's vocab_size, or lower the tokenizer's"
-            yield Problem(f"{trained}, the decoder has {size:,}", remedy)
+    if isinstance(stage, Pretrain | Continue) and came_from(stage) is None:
+        yield from _vocabulary(stage)
+
+
+def _vocabulary(stage: Pretrain | Continue) -> Iterator[Problem]:
+    """Ids that a decoder which begins anew has no row for."""
+    tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
+    if isinstance(tokenizer, TrainedTokenizer):
+        number, told = tokenizer.vocab_size, "the tokenizer is trained to"
+        remedy = "raise the decoder's vocab_size, or lower the tokenizer's"
+    elif tokenizer.sha256.startswith(PLANNED) or not tokenizer.path.is_file():
+        return
+    else:
+        number, told = num_ids(tokenizer.path), f"with the separator {tokenizer.path} has"
+        remedy = "raise the decoder's vocab_size to that"
+    if number > size:
+        yield Problem(f"{told} {number:,} ids, the decoder has {size:,}", remedy)
 
 
 def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Iterator[Problem]:
