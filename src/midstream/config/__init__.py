@@ -4,6 +4,7 @@ from midstream.config.base import Config as Config
 from midstream.config.base import Fraction as Fraction
 from midstream.config.base import Positive as Positive
 from midstream.config.base import Rate as Rate
+from midstream.config.budget import HELD_APART as HELD_APART
 from midstream.config.budget import Amount as Amount
 from midstream.config.budget import Amounts as Amounts
 from midstream.config.budget import Budget as Budget
@@ -16,6 +17,7 @@ from midstream.config.budget import Sampling as Sampling
 from midstream.config.budget import Share as Share
 from midstream.config.budget import ShareUnit as ShareUnit
 from midstream.config.budget import check_caption as check_caption
+from midstream.config.budget import check_held_apart as check_held_apart
 from midstream.config.budget import check_picture as check_picture
 from midstream.config.budget import check_pool as check_pool
 from midstream.config.connectors import AttentionPool as AttentionPool

@@ -19,6 +19,7 @@ from midstream.config import (
     TokenizerFile,
     TrainedTokenizer,
     check_caption,
+    check_held_apart,
     check_picture,
     check_pool,
     num_ids,
@@ -223,6 +224,10 @@ def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
     if source is None:
         return
     yield from _captions(training.source, training.caption, source)
+    try:
+        check_held_apart(training.source, source.examples, training.batch_images)
+    except ValueError as reason:
+        yield replace(Problem.of(reason), level="doubtful" if source.expected else "wrong")
     for tokens, where in source.with_caption(training.caption).longest.values():
         # The separator before a caption is not given to the tower.
         if (length := tokens - 1) > training.max_text_tokens:
