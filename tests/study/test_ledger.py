@@ -226,6 +226,29 @@ def test_results_of_an_unfinished_stage_name_stage_and_folder(ledger: Ledger, st
     assert str(ledger.folder(stage)) in str(caught.value)
 
 
+def test_results_that_a_copy_left_behind_are_named_with_the_way_out(
+    ledger: Ledger, stage: Stage
+) -> None:
+    with ledger.open_stage(stage) as work:
+        work.finish({})
+    (ledger.folder(stage) / "results.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"results\.json is missing though .* is done.*copy"
+    ):
+        ledger.results(stage)
+
+
+def test_a_stages_file_that_is_cut_is_one_line(ledger: Ledger, stage: Stage) -> None:
+    ledger.folder(stage).mkdir(parents=True)
+    (ledger.folder(stage) / "stage.json").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"stage\.json is no stage of .*; move it away") as caught,
+        ledger.open_stage(stage),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
 def test_metrics_leave_out_a_line_that_is_still_being_written(ledger: Ledger, stage: Stage) -> None:
     assert ledger.metrics(stage) == []
     path = ledger.folder(stage) / "metrics.jsonl"

@@ -378,7 +378,10 @@ def stored_stage(ledger: Ledger, wanted: str) -> Stage:
     try:
         stage = stage_from_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path} is no stage of this version: {error}") from None
+        why = error.errors(include_url=False)[0]["msg"]
+        raise ValueError(
+            f"{path} is no stage of this version ({why}); see midstream store ls"
+        ) from None
     if stage.name != name:
         raise ValueError(
             f"{path} was written by an earlier version, which named it otherwise; see midstream "

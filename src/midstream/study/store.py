@@ -107,7 +107,13 @@ class Ledger:
                 f"{label(stage)} is {self.state(stage)}, not done, in {self.folder(stage)}; "
                 f"run it first"
             )
-        return cast(dict[str, Any], read_json(self.folder(stage) / "results.json"))
+        path = self.folder(stage) / "results.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing though {label(stage)} is done, as in a store that was not "
+                f"copied whole; copy the folder again, or delete {path.parent} and run the study"
+            )
+        return cast(dict[str, Any], read_json(path))
 
     def metrics(self, stage: Stage) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; a last line that is still being written is left out."""
@@ -264,7 +270,8 @@ def _refuse_another(folder: Path, stage: Stage) -> None:
     try:
         found = stage_from_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path} is no stage of this version; move it away: {error}") from None
+        why = error.errors(include_url=False)[0]["msg"]
+        raise ValueError(f"{path} is no stage of this version ({why}); move it away") from None
     if found.identity != stage.identity:
         raise ValueError(
             f"{path} holds a {found.kind} of identity {found.identity}, not {stage.identity}; "

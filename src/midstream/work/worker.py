@@ -63,13 +63,17 @@ def serve(store: Path, machine: Machine, lines: Iterable[str]) -> bool:
         say("rank", rank=rank, pid=os.getpid())
     ledger = Ledger(store)
     current = ""
-    runner = StageRunner(
-        ledger,
-        machine,
-        report=lambda values: tell("progress", stage=current, **values),
-        should_stop=lambda: stopping,
-        lost=lambda reason: say("fault", error=reason),
-    )
+    try:
+        runner = StageRunner(
+            ledger,
+            machine,
+            report=lambda values: tell("progress", stage=current, **values),
+            should_stop=lambda: stopping,
+            lost=lambda reason: say("fault", error=reason),
+        )
+    except Exception as reason:
+        say("fault", error=str(reason))
+        raise
     tell("ready")
     good = True
     for line in lines:
