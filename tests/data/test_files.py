@@ -303,7 +303,7 @@ def test_what_is_packed_so_that_it_is_not_read_here_says_how_to_unpack_it(put: P
     window = zstandard.ZstdCompressionParameters(window_log=30)
     packer = zstandard.ZstdCompressor(compression_params=window).compressobj()
     long = put("b.jsonl.zst", packer.compress(text) + packer.flush())
-    with pytest.raises(ValueError, match=r"longer window .* zstd -d --long=31"):
+    with pytest.raises(ValueError, match="has a long window; unpack it: zstd -d --long=31"):
         list(read_lines(long))
 
 

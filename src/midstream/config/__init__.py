@@ -27,7 +27,6 @@ from midstream.config.connectors import PixelShuffle as PixelShuffle
 from midstream.config.connectors import ProjectorConfig as ProjectorConfig
 from midstream.config.connectors import Resampler as Resampler
 from midstream.config.data import END_OF_TEXT as END_OF_TEXT
-from midstream.config.data import NO_BEGIN as NO_BEGIN
 from midstream.config.data import OWN_RULE as OWN_RULE
 from midstream.config.data import SEPARATOR as SEPARATOR
 from midstream.config.data import ExpectedSource as ExpectedSource

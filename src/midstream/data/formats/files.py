@@ -13,9 +13,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import glob
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any
 from urllib.parse import unquote
 
 import pyarrow
@@ -52,18 +52,12 @@ _STARTS = {
     ".json": rb"(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*\"",
 }
 _ARCHIVES = (".zip", ".rar", ".7z")
-# Token ids as nanoGPT, Megatron, OLMo, MosaicML and nanotron keep them.
-_TOKENISED = (".bin", ".idx", ".npy", ".npz", ".mds", ".ds")
 _HEAD = 16
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _DAMAGE = (EOFError, OSError, UnicodeError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 # A file in place of another: version https://git-lfs.github.com/spec/v1, oid, size.
 _POINTER, _POINTER_BYTES = b"version https://", 512
 MAX_LINE_BYTES = 256 * 2**20
-TEXTS_THEMSELVES = (
-    "token ids are read as OpenLM writes them (docs/data.md); give the texts that these were made "
-    "from"
-)
 _PIECE_BYTES = 2**20
 _MAGIC = re.compile(r"[*?[]")
 _BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<list>[^{},]*(?:,[^{},]*)+))\}")
@@ -95,19 +89,12 @@ def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
         raise ValueError(f"{source} is an archive that no reader opens; unpack it into a folder")
     if not found:
         others = f", but with {name_some(map(base_name, shown), 5)}" if shown else ""
-        remedy = "give the file or the folder that holds them"
-        if any(map(is_tokenised, shown)):
-            remedy = TEXTS_THEMSELVES
         raise FileNotFoundError(
             f"{source} is no file, folder or pattern with a file named *{', *'.join(suffixes)} "
-            f"(or compressed: {', '.join(PACKED)}){others}; {remedy}"
+            f"(or compressed: {', '.join(PACKED)})"
+            f"{others}; give the file or the folder that holds them"
         )
     return found
-
-
-def is_tokenised(path: str) -> bool:
-    """Whether a file is called as those in which other programs keep token ids."""
-    return plain_name(base_name(path)).endswith(_TOKENISED)
 
 
 def _once(files: list[str]) -> list[str]:
@@ -252,10 +239,9 @@ def join(root: str, name: str, where: str) -> str:
 def _is_file_name(name: str) -> bool:
     # Halves of surrogate pairs, other than those that stand for bytes, are in no file's name.
     try:
-        os.fsencode(name)
+        return bool(os.fsencode(name))
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def _is_one(folder: str, other: str) -> bool:
@@ -364,14 +350,12 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
             if not head:
                 raise ValueError(f"{path} is an empty file, not a compressed one; fetch it again")
             # pyarrow and not zstandard, whose reader takes the end of a cut file for its end.
-            source = (
+            source: Any = (
                 pyarrow.input_stream(stream if is_url(path) else path, compression=kind)
                 if kind in ("zstd", "lz4")
                 else compr[kind](stream)
             )
-            stream = stack.enter_context(
-                io.BufferedReader(cast(io.RawIOBase, source), _PIECE_BYTES)
-            )
+            stream = stack.enter_context(io.BufferedReader(source, _PIECE_BYTES))
             head = _checked(path, stream.peek, _HEAD)[:_HEAD]
             if any(re.match(pattern, head, re.DOTALL) for pattern in _BEGINS.values()):
                 raise ValueError(f"{path} is compressed twice; unpack it once, and give the result")
@@ -406,11 +390,8 @@ def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:
     except RemoteError:
         raise
     except _DAMAGE as error:
-        if "too much memory" in str(error):  # zstd's words for a window of more than 128 MiB
-            raise ValueError(
-                f"{path} was compressed with a longer window than is read here ({error}); unpack "
-                "it with zstd -d --long=31, and give the result"
-            ) from None
+        if "too much memory" in str(error):  # of zstd: for a window of more than 128 MiB
+            raise ValueError(f"{path} has a long window; unpack it: zstd -d --long=31") from None
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from None
 
 
@@ -423,9 +404,8 @@ def _local_files(source: str) -> list[str]:
         return []
     matches = [match for match in glob(source, recursive=True) if _is_shown(match, source)]
     # A link to nowhere stays in the list: opening it says so.
-    return [
-        file for match in matches for file in (walk(match) if os.path.isdir(match) else [match])
-    ]
+    found = (walk(match) if os.path.isdir(match) else [match] for match in matches)
+    return list(chain.from_iterable(found))
 
 
 def _url_files(source: str) -> list[str]:

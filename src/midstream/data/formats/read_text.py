@@ -15,18 +15,17 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from midstream.core.digests import TEXT_SUFFIXES
+from midstream.core.digests import TEXT_SUFFIXES, plain_name
 from midstream.data.formats.files import (
-    TEXTS_THEMSELVES,
     base_name,
     exists,
     find_files,
     folder_of,
     full_name,
-    is_tokenised,
     join,
     read_head,
     read_lines,
+    shown_files,
     size_of,
 )
 from midstream.data.formats.json_records import (
@@ -50,6 +49,12 @@ from midstream.data.formats.tables import columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
 
 MANIFEST = "manifest.jsonl"
+# Token ids as nanoGPT, Megatron, OLMo, MosaicML and nanotron keep them.
+_TOKENISED = (".bin", ".idx", ".npy", ".npz", ".mds", ".ds")
+_OF_IDS = (
+    "token ids are read as OpenLM writes them (docs/data.md); give the texts that these were made "
+    "from"
+)
 _INDEX = re.compile(rb'\s*\{\s*"(shards|chunks)"\s*:')
 NO_IDS, EMPTY = "not a list of token ids", "empty text"
 _MEMBERS = (".txt", ".json", ".json.gz")
@@ -158,7 +163,12 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
 
 
 def _units(source: str) -> list[Unit]:
-    files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
+    try:
+        files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
+    except FileNotFoundError:
+        if other := next(filter(_is_tokenised, shown_files(source)), None):
+            raise ValueError(f"{other} is no text; {_OF_IDS}") from None
+        raise
     _refuse_index(files)
     refuse_splits(source, files)
     listed = cache(_read_manifest)
@@ -198,6 +208,10 @@ def _refuse_index(files: Sequence[str]) -> None:
             )
 
 
+def _is_tokenised(path: str) -> bool:
+    return plain_name(base_name(path)).endswith(_TOKENISED)
+
+
 def _check_tokenised(path: str) -> None:
     first = next(scan_tar(path), None)
     found = None if first is None else _chunk_of(first, path)
@@ -211,8 +225,8 @@ def _check_tokenised(path: str) -> None:
 def _format(path: str) -> str:
     name = full_name(path)
     found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
-    if found is None and is_tokenised(path):
-        raise ValueError(f"{path} is no text; {TEXTS_THEMSELVES}")
+    if found is None and _is_tokenised(path):
+        raise ValueError(f"{path} is no text; {_OF_IDS}")
     if found is None:
         known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
         raise ValueError(
