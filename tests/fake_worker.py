@@ -72,7 +72,10 @@ def main() -> None:
     given = Path(sys.argv[1])
     work = json.loads(given.read_text()) if given.is_file() else {"store": sys.argv[1]}
     store = Path(work["store"])
-    if (store.parent / "acts" / "startup").is_file():
+    startup = store.parent / "acts" / "startup"
+    if startup.is_file():
+        if startup.read_text() == "say":
+            say(event="fault", error="there is no such device")
         sys.exit(3)
     print("a library says hello", flush=True)
     print("and complains", file=sys.stderr, flush=True)

@@ -160,8 +160,8 @@ def test_the_pocket_studies_plan_without_any_data(store: Path) -> None:
     ("command", "study", "settings", "told"),
     [
         ("plan", "{folder}/none.py:study", (), "no file {folder}/none.py"),
-        ("run", "{file}:stduy", (), "no function 'stduy'; it has misspelt, needy, study"),
-        ("plan", "{file}", (), "no function ''"),
+        ("run", "{file}:stduy", (), "no function 'stduy'; did you mean 'study'? it has"),
+        ("plan", "{file}", (), "name a function of"),
         (
             "plan",
             "{file}:misspelt",
@@ -171,7 +171,7 @@ def test_the_pocket_studies_plan_without_any_data(store: Path) -> None:
         ("plan", "{file}:study", ("tokens=-5",), "Mixture.total_tokens: Input should be greater "),
         ("plan", "{file}:number", (), "returned a int"),
         ("plan", "{file}:needy", (), "needs root; add --set root=VALUE"),
-        ("plan", "{file}:study", ("token=5",), "no argument 'token'; it takes tokens, name"),
+        ("plan", "{file}:study", ("token=5",), "no argument 'token'; did you mean 'tokens'? it"),
         ("plan", "{file}:study", ("tokens",), "name=value"),
         ("plan", "{file}:study", ("tokens=1", "tokens=2"), "twice"),
         ("run", "{file}:study --device gpu", (), "Machine.device: Input should be 'auto', 'cpu' "),
@@ -208,6 +208,7 @@ def study(
     resize: Literal["crop", "square"] = "crop",
     mixture: str | Mapping[str, float] = "",
     plain=None,
+    whether=True,
     anything: Any = None,
 ) -> Study:
     raise ValueError(repr(locals()))
@@ -247,7 +248,13 @@ def annotated(tmp_path: Path) -> str:
         ("resize=square", "square"),
         ("mixture=web", "web"),
         ('mixture={"web": 1}', {"web": 1.0}),
-        ("plain=False", "False"),
+        ("plain=False", False),
+        ("plain=None", None),
+        ("names=(a,b)", ["a", "b"]),
+        ("seeds=(7,)", [7]),
+        ("folder=None", None),
+        ("checkpoint=None", "None"),
+        ("whether=no", False),
         ("plain=[1]", [1]),
         ("anything=7", 7),
     ],

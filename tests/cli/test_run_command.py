@@ -41,6 +41,16 @@ def test_bad_settings_are_named(settings: list[str], said: str) -> None:
         settings_of(True, None, settings, False)
 
 
+@pytest.mark.parametrize("said", ["stages=3", 'stages={"pretrain": 2}'])
+def test_stages_that_are_no_tables_are_refused_with_their_form(tmp_path: Path, said: str) -> None:
+    with pytest.raises(ValueError, match=r"such as \[stages.pretrain\]"):
+        settings_of(True, None, [said], False)
+    file = tmp_path / "cluster.toml"
+    file.write_text("stages.pretrain = 2")
+    with pytest.raises(ValueError, match=r"such as \[stages.pretrain\]"):
+        settings_of(True, file, [], False)
+
+
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
     file = tmp_path / "cluster.toml"
     file.write_text("partition: gpu")

@@ -288,6 +288,18 @@ def test_bytes_are_read_once_and_again_only_where_a_file_changed(
     assert len(counted) == 8
 
 
+@pytest.mark.parametrize("left", [b"", b"no database, as a full disk or a cut copy leaves one" * 9])
+def test_kept_digests_that_are_broken_are_made_anew(
+    world: Path, tmp_path: Path, counted: list[Path], left: bytes
+) -> None:
+    kept = tmp_path / "digests.sqlite"
+    kept.write_bytes(left)
+    for _ in range(2):
+        with kept_digests(kept):
+            world_fingerprint(world)
+    assert len(counted) == 8
+
+
 def test_a_file_that_may_still_be_changing_is_read_again(
     world: Path, tmp_path: Path, counted: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

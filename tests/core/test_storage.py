@@ -129,10 +129,12 @@ def test_a_killed_writer_leaves_no_folder_and_its_leftovers_can_be_removed(tmp_p
     killed = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not path.exists()
-    (tmp_path / ".results.json.abc.tmp").write_text("{")
-    (tmp_path / ".hidden").write_text("of somebody else")
+    (tmp_path / f".results.json.{'0f' * 16}.tmp").write_text("{")
+    others = [".bashrc.old", ".hidden", ".mine.tmp"]
+    for name in others:
+        (tmp_path / name).write_text("of somebody else")
     assert remove_leftovers(tmp_path) == 2
-    assert _everything(tmp_path) == [".hidden"]
+    assert _everything(tmp_path) == others
     assert remove_leftovers(tmp_path) == 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from midstream.config import TokenizerFile
 from midstream.data.examples import (
@@ -66,6 +66,36 @@ def test_special_tokens_in_data_stay_plain_text(text: str) -> None:
     assert not SPECIAL & set(ids)
     assert CODEC.decode(ids) == text
     assert CODEC.encode_many([text, "the", text]) == [ids, CODEC.encode("the"), ids]
+
+
+PIECES = ["<unk>", "<s>", "</s>", *"▁abcs<>/", "▁a", "ab"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram([(piece, 0.0 if n < 3 else -1.0) for n, piece in enumerate(PIECES)], 0),
+        models.WordLevel({piece: n for n, piece in enumerate(PIECES)}, "<unk>"),
+        models.BPE(
+            {piece: n for n, piece in enumerate(PIECES)},
+            [("▁", "a"), ("a", "b")],
+            unk_token="<unk>",
+            ignore_merges=True,
+        ),
+    ],
+)
+def test_marks_that_a_models_own_vocabulary_holds_stay_plain_text(model: models.Model) -> None:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in PIECES[:3]])
+    codec = TextCodec(Tokenizer.from_str(tokenizer.to_str()))
+    assert codec.end_of_text == PIECES.index("</s>")
+    ids = codec.encode("a </s> b<s> c </s>")
+    assert not {1, 2} & set(ids)
+    assert ids[0] == PIECES.index("a")
+    for text in ("a b ▁a ab", "c ab<"):
+        assert codec.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
+    assert codec.encode_many(["a </s>"]) == [codec.encode("a </s>")]
 
 
 @given(text=TEXTS)

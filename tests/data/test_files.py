@@ -295,6 +295,18 @@ def test_the_content_says_how_a_file_is_packed_and_not_its_name(tmp_path: Path, 
         assert read_head(str(plain), 6) == b"one\n\n\xff"
 
 
+def test_what_is_packed_so_that_it_is_not_read_here_says_how_to_unpack_it(put: Put) -> None:
+    text = b'{"text": "a"}\n'
+    twice = put("a.jsonl.gz", gzip.compress(zstandard.compress(text)))
+    with pytest.raises(ValueError, match="is compressed twice; unpack it once"):
+        list(read_lines(twice))
+    window = zstandard.ZstdCompressionParameters(window_log=30)
+    packer = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    long = put("b.jsonl.zst", packer.compress(text) + packer.flush())
+    with pytest.raises(ValueError, match="has a long window; unpack it: zstd -d --long=31"):
+        list(read_lines(long))
+
+
 def test_an_empty_plain_file_has_no_lines_and_a_missing_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     assert list(read_lines(str(tmp_path / "a.jsonl"))) == []

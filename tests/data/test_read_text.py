@@ -16,9 +16,10 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import OPTIONS, SHARED, Put, read_all, shared
+from made_inputs import OPTIONS, SHARED, Put, as_lines, read_all, shared
 
 from midstream.data.formats import read_text as module
+from midstream.data.formats.files import folder_of
 from midstream.data.formats.read_text import text_units
 from midstream.data.formats.records import ReadOptions, TextRecord
 from midstream.data.source_writer import Reject
@@ -188,6 +189,9 @@ def test_bad_rows_are_rejected_with_their_place_and_reason(put: Put) -> None:
         (b"\xef\xbb\xbf", "empty text"),
         (b"\r\n \n", "empty text"),
         (b"caf\xe9", "not UTF-8"),
+        # Without its mark it is UTF-8 all the same, with a zero behind each letter.
+        ("text of some words".encode("utf-16-le"), "not UTF-8"),
+        ("text of some words".encode("utf-32-be"), "not UTF-8"),
     ],
 )
 def test_a_bad_plain_text_file_is_rejected(put: Put, data: bytes, reason: str) -> None:
@@ -221,10 +225,32 @@ def test_parquet_without_such_a_column_of_text_names_those_it_has(put: Put) -> N
         read(path)
     with pytest.raises(ValueError, match="column 'id' is int64, not text"):
         read(path, ReadOptions(text_key="id"))
-    for kind, value in ((pa.binary(), b"a"), (pa.list_(pa.string()), ["a"])):
-        path = put("b.parquet", parquet([value], kind=kind))
-        with pytest.raises(ValueError, match=r"column 'text' is .*, not text"):
-            read(path)
+    path = put("b.parquet", parquet([["a"]], kind=pa.list_(pa.string())))
+    with pytest.raises(ValueError, match=r"column 'text' is .*, not text"):
+        read(path)
+
+
+def test_bytes_that_no_writer_called_text_are_read_as_utf8(put: Put) -> None:
+    found = read(put("a.parquet", parquet(["café".encode(), b"\xff", None], kind=pa.binary())))
+    assert reasons(found) == ["", "not UTF-8", "no text"]
+    assert found[0].text == "café"
+    # As pandas writes a column without a value.
+    assert reasons(read(put("b.parquet", parquet([None, None], kind=pa.null())))) == ["no text"] * 2
+
+
+def test_a_text_inside_another_field_is_named_with_dots(put: Put) -> None:
+    options = ReadOptions(text_key="data.text")
+    records = [{"data": {"text": "in"}}, {"data.text": "own"}, {"data": "x"}, {"data": {}}]
+    found = read(put("a.jsonl", as_lines(records)), options)
+    assert reasons(found) == ["", "", "no text", "no text"]
+    assert [one.text for one in found[:2]] == ["in", "own"]
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"data": [{"text": "in"}, None, {"text": None}]}), stream)
+    found = read(put("a.parquet", stream.getvalue()), options)
+    assert reasons(found) == ["", "no text", "no text"]
+    assert found[0].text == "in"
+    with pytest.raises(ValueError, match=r"no column 'data.body'; .*, one of \['text'\]"):
+        read(put("b.parquet", stream.getvalue()), ReadOptions(text_key="data.body"))
 
 
 def test_a_plain_text_file_that_is_too_large_is_refused(
@@ -236,7 +262,29 @@ def test_a_plain_text_file_that_is_too_large_is_refused(
         read(put("b.txt", b"x" * 11))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32"])
+def test_json_in_another_unicode_is_refused_with_the_way_out(put: Put, encoding: str) -> None:
+    path = put("a.jsonl", '{"text": "a"}\n{"text": "b"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=f"{path} is UTF-16 or UTF-32; .* iconv") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
 # Units.
+
+
+def test_token_ids_of_other_programs_are_refused_as_what_they_are(put: Put) -> None:
+    index = {"shards": [{"raw_data": {"basename": "shard.00000.mds"}}], "version": 2}
+    path = put("mds/train/index.json", json.dumps(index).encode())
+    put("mds/train/shard.00000.mds", b"\x01\0\0\0")
+    with pytest.raises(ValueError, match=r"index\.json lists the shards of .*train"):
+        text_units([path.removesuffix("/train/index.json")])
+    path = put("megatron/x_text_document.bin", b"\1\0")
+    for source in (path, folder_of(path)):
+        with pytest.raises((ValueError, FileNotFoundError), match="the texts that these were made"):
+            text_units([source])
+    # Records may be called so.
+    assert texts(read(put("own/index.json", lines(["a"])))) == ["a"]
 
 
 def test_a_folder_is_one_unit_a_file_by_its_format_in_order(put: Put) -> None:

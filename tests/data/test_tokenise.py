@@ -225,8 +225,10 @@ def test_a_tokenizer_that_is_nowhere_is_named_with_what_was_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"no file .*tokenizer\.json.*form of a hub name"):
-        open_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
+    for name in (tmp_path, tmp_path / "tokenizer.model"):
+        with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json.*save_pretrained"):
+            open_tokenizer(str(name))
     with pytest.raises(FileNotFoundError, match=r"no file absent\.json.*form of a hub name"):
         open_tokenizer("absent.json")
     with pytest.raises(FileNotFoundError, match=r"no file nobody/none.*the hub gave none.*path"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
 import own_world
 import tiny
@@ -24,7 +25,7 @@ from midstream.config import (
 from midstream.core.storage import write_json
 from midstream.data.rows import plan_rows
 from midstream.launch import check_data
-from midstream.launch.check_data import Problem, merged, refused
+from midstream.launch.check_data import Problem, data_problems, merged, refused
 from midstream.study.label import label
 from midstream.study.stages import Continue, Finetune, FromScratch
 from midstream.study.store import Ledger
@@ -236,7 +237,25 @@ def test_a_caption_that_the_caption_tower_cannot_take_is_named(
         encoder = tiny.encoder_of(data, max_text_tokens=length)
         model = seen(data, mixed(200, web=1.0)).model_copy(update={"encoder": encoder})
         lengths[length] = [problem.remedy for problem in told(prepared, model)]
-    assert lengths == {2: ["raise max_text_tokens"], 500: []}
+    few = "give more of them, or load an encoder (midstream import)"
+    assert lengths == {2: [few, "raise max_text_tokens"], 500: [few]}
+
+
+@pytest.mark.parametrize(
+    ("examples", "remedy"),
+    [(100, "give more of them"), (260, "lower batch_images to 4"), (272, None)],
+)
+def test_an_encoder_needs_captions_beside_those_that_are_held_apart(
+    world: Path, empty: Ledger, examples: int, remedy: str | None
+) -> None:
+    held = ExpectedSource(
+        name="pictures", kind="caption", num_examples=examples, num_tokens=4_000, num_targets=4_000
+    )
+    data = own_world.data_of(world).model_copy(update={"expected": (held,)})
+    found = list(data_problems([tiny.encoder_of(data)], empty))
+    assert [(one.level, one.remedy.partition(",")[0]) for one in found] == (
+        [("doubtful", remedy)] if remedy else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -320,6 +339,20 @@ def test_a_picture_needs_room_for_what_begins_its_example(
         model = seen(data, Epochs(sources=("pictures",), epochs=1), rows)
         found = [problem.what for problem in told(empty, model)]
         assert any("take 6 positions, a row has 5" in what for what in found) == is_refused, found
+
+
+def test_a_tokenizers_file_with_more_ids_than_the_decoder_is_refused(
+    world: Path, empty: Ledger, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, "a"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    file = TokenizerFile.read(tmp_path / "tokenizer.json")
+    data = own_world.data_of(world).model_copy(update={"tokenizer": file})
+    for size, expected in ((2, ["tokenizer.json has 3 ids, the decoder has 2"]), (3, [])):
+        model = seen(data, mixed(200, web=1.0))
+        decoder = model.decoder.model_copy(update={"vocab_size": size})
+        found = told(empty, model.model_copy(update={"decoder": decoder, "start": FromScratch()}))
+        assert [one.what.rpartition("/")[2] for one in found] == expected
 
 
 def test_adapters_without_peft_are_told_before_anything_runs(

@@ -219,8 +219,16 @@ def test_workers_that_cannot_start_end_the_run(launch: Launch, make_study: MakeS
     study = make_study()
     outcome = launch(study, workers=2, behaviour={"startup": "die"})
     assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (0, 1, 13)
-    assert "before it was ready" in outcome.messages[0]
+    assert "before it was ready; no other worker was started" in outcome.messages[0]
     assert "exit code 3" in outcome.messages[0]
+    assert outcome.exit_code == 1
+
+
+def test_a_worker_that_says_why_it_cannot_start_is_quoted(
+    launch: Launch, make_study: MakeStudy
+) -> None:
+    outcome = launch(make_study(), workers=2, behaviour={"startup": "say"})
+    assert "failed: there is no such device; no other worker was started" in outcome.messages[0]
     assert outcome.exit_code == 1
 
 

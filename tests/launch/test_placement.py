@@ -78,6 +78,13 @@ def test_what_the_user_or_a_job_made_visible_counts(
     assert visible_gpus() == seen
 
 
+def test_a_gpu_that_is_asked_for_and_hidden_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES='' leaves no GPU; unset it"):
+        gpu_shares(Machine(device="cuda"))
+    assert gpu_shares(Machine(device="auto", workers=1)) == [()]
+
+
 def test_the_driver_is_asked_where_nothing_was_made_visible(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

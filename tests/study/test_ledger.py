@@ -197,8 +197,8 @@ def test_a_killed_end_without_the_success_mark_is_not_done(ledger: Ledger, stage
 
 def test_leftovers_of_a_killed_writer_are_removed(ledger: Ledger, stage: Stage) -> None:
     folder = ledger.folder(stage)
-    (folder / "checkpoints" / ".step-1.abc.tmp").mkdir(parents=True)
-    (folder / ".results.json.abc.tmp").write_text("{")
+    (folder / "checkpoints" / f".step-1.{'a0' * 16}.tmp").mkdir(parents=True)
+    (folder / f".results.json.{'a0' * 16}.tmp").write_text("{")
     with ledger.open_stage(stage) as work:
         assert not list(folder.rglob(".*.tmp"))
         work.finish({})
@@ -224,6 +224,29 @@ def test_results_of_an_unfinished_stage_name_stage_and_folder(ledger: Ledger, st
         ledger.results(stage)
     assert stage.name in str(caught.value)
     assert str(ledger.folder(stage)) in str(caught.value)
+
+
+def test_results_that_a_copy_left_behind_are_named_with_the_way_out(
+    ledger: Ledger, stage: Stage
+) -> None:
+    with ledger.open_stage(stage) as work:
+        work.finish({})
+    (ledger.folder(stage) / "results.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"results\.json is missing though .* is done.*copy"
+    ):
+        ledger.results(stage)
+
+
+def test_a_stages_file_that_is_cut_is_one_line(ledger: Ledger, stage: Stage) -> None:
+    ledger.folder(stage).mkdir(parents=True)
+    (ledger.folder(stage) / "stage.json").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"stage\.json is no stage of .*; move it away") as caught,
+        ledger.open_stage(stage),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
 
 
 def test_metrics_leave_out_a_line_that_is_still_being_written(ledger: Ledger, stage: Stage) -> None:
@@ -272,6 +295,18 @@ def test_a_study_is_kept_and_read_by_name(ledger: Ledger, make_study: MakeStudy)
     assert [stage.name for stage in order(read)] == [stage.name for stage in order(study)]
     with pytest.raises(FileNotFoundError, match=r"'large'.*it has small"):
         ledger.load_study("large")
+
+
+def test_a_store_that_is_no_folder_is_refused_and_one_that_is_not_there_yet_is_not(
+    tmp_path: Path,
+) -> None:
+    assert not Ledger(tmp_path / "new").study_names()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "away")
+    with pytest.raises(NotADirectoryError, match=r"file is a file, not a folder; .*--store"):
+        Ledger(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match=r"nowhere is a link to .*away"):
+        Ledger(tmp_path / "nowhere")
 
 
 def test_a_second_launcher_is_refused_and_leaves_the_store_as_it_was(ledger: Ledger) -> None:

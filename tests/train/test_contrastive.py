@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from midstream.config import ContrastiveTraining, EncoderConfig
+from midstream.config import HELD_APART, ContrastiveTraining, EncoderConfig
 from midstream.config.training import rate_at
 from midstream.data.prepare import open_codec
 from midstream.data.sources import Source
@@ -16,7 +16,6 @@ from midstream.model.weights import load_weights, save_weights, weights_digest
 from midstream.study.store import Ledger
 from midstream.train import contrastive
 from midstream.train.contrastive import (
-    HELD_APART,
     PixelCache,
     SiglipPair,
     build_siglip,

@@ -1,5 +1,6 @@
 """The commands. Whatever is slow to import is imported by the command that needs it."""
 
+import io
 import os
 import shlex
 import sys
@@ -56,6 +57,10 @@ def main(
     ] = False,
 ) -> None:
     """When, and how, should a language model first see images?"""
+    # In another locale than one of UTF-8 a mark that it lacks ends no command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]:

@@ -8,8 +8,10 @@ import importlib.util
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +30,8 @@ from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
 
 Recipe = Callable[..., AnyStudy]
+# What JSON calls null, true and false.
+_CONSTANTS = {"None": None, "True": True, "False": False}
 # By the names that `run` was given, those of the studies that it ran.
 ASKED = "asked.json"
 
@@ -40,12 +44,15 @@ def find_study(
     `settings` are `name=value` pairs for its arguments, read as these are annotated. With a
     `ledger` the bytes of data files that it knows are not read again, unless to `verify` them.
     Raises ValueError or FileNotFoundError with what there is if a name is unknown, ValueError with
-    an example for a value that its argument does not take.
+    an example for a value that its argument does not take, and with the line for what a user's file
+    gets wrong.
     """
-    recipe = _from_file(name) if ".py" in name else _from_catalogue(name)
-    arguments = _arguments(name, recipe, settings)
-    with nullcontext() if ledger is None else kept_digests(ledger.digests, again=verify):
-        study = recipe(**arguments)
+    own = _file_of(name) if ".py" in name else None
+    with nullcontext() if own is None else _running(own):
+        recipe = _from_catalogue(name) if own is None else _from_file(name, own)
+        arguments = _arguments(name, recipe, settings)
+        with nullcontext() if ledger is None else kept_digests(ledger.digests, again=verify):
+            study = recipe(**arguments)
     if not isinstance(study, Study | Suite):
         raise ValueError(f"{name} returned a {type(study).__name__}, not a Study or a Suite")
     return study
@@ -149,22 +156,60 @@ def _from_catalogue(name: str) -> Recipe:
     return known[name]
 
 
-def _from_file(name: str) -> Recipe:
-    path_text, _, function = name.rpartition(":")
+def _file_of(name: str) -> Path:
+    path_text, _, _ = name.rpartition(":")
     path = Path(path_text or name)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; give a study as path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    return path
+
+
+@contextmanager
+def _running(path: Path) -> Iterator[None]:
+    """Run a user's file as Python does: with the modules beside it. Raises ValueError that names
+    file and line for whatever it gets wrong, but for what says itself what is to be done."""
+    folder = str(path.parent.absolute())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(_failed(path, error)) from error
+    finally:
+        sys.path.remove(folder)
+
+
+def _failed(path: Path, error: Exception) -> str:
+    """Where in a user's file, or in one beside it, something went wrong, and what."""
+    told = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or path}, line {error.lineno}: {error.msg}"
+    if isinstance(error, ModuleNotFoundError):
+        told += "; modules are looked for beside the file, and among what is installed"
+    beside = path.parent.absolute()
+    frames = traceback.extract_tb(error.__traceback__)
+    at = [one for one in frames if Path(one.filename).absolute().is_relative_to(beside)]
+    return f"{at[-1].filename}, line {at[-1].lineno}: {told}" if at else f"{path}: {told}"
+
+
+def _from_file(name: str, path: Path) -> Recipe:
+    _, colon, function = name.rpartition(":")
+    # Not under its own name, which may be that of a module (json.py).
+    spec = importlib.util.spec_from_file_location(f"study_file_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Where its classes are looked for by their module's name (dataclasses).
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    recipe = getattr(module, function, None) if path_text else None
+    recipe = getattr(module, function, None) if colon else None
     if not callable(recipe):
-        known = ", ".join(_recipes_of(module)) or "none that is annotated to return a Study"
-        raise ValueError(
-            f"{path} has no function {function if path_text else ''!r}; it has {known}"
-        )
+        known = list(_recipes_of(module))
+        has = f"it has {', '.join(known) or 'none that is annotated to return a Study'}"
+        if not colon:
+            raise ValueError(f"name a function of {path}: {path}:{(known or ['study'])[0]}; {has}")
+        raise ValueError(f"{path} has no function {function!r}; {_nearest(function, known)}{has}")
     return cast(Recipe, recipe)
 
 
@@ -184,7 +229,8 @@ def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, 
     for key, text in _pairs("--set", settings).items():
         if key not in known:
             takes = ", ".join(known) or "no arguments"
-            raise ValueError(f"{name} has no argument {key!r}; it takes {takes}")
+            near = _nearest(key, list(known))
+            raise ValueError(f"{name} has no argument {key!r}; {near}it takes {takes}")
         arguments[key] = _annotated(name, key, text, known[key].annotation)
     needed = [
         key
@@ -210,7 +256,8 @@ def _parameters(recipe: Recipe) -> dict[str, inspect.Parameter]:
                     key, parameter.KEYWORD_ONLY, default=None, annotation=hint
                 )
         else:
-            found[name] = parameter.replace(annotation=hints.get(name, Any))
+            plain = bool if isinstance(parameter.default, bool) else Any
+            found[name] = parameter.replace(annotation=hints.get(name, plain))
     return found
 
 
@@ -220,7 +267,9 @@ def _annotated(name: str, key: str, text: str, hint: Any) -> Any:
         adapter = TypeAdapter(hint)
     except PydanticSchemaGenerationError:
         return _value(text)
-    bare = text.strip().removeprefix("[").removesuffix("]")
+    bare = text.strip()
+    if bare[:1] + bare[-1:] in ("[]", "()"):
+        bare = bare[1:-1].rstrip(", ")
     parts = [part.strip().strip("\"'") for part in bare.split(",")] if bare else []
     for value in (_value(text), text, parts):
         try:
@@ -265,7 +314,8 @@ def _described(hint: Any) -> tuple[str, str]:
 
 
 def read_settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
-    """The `name=value` pairs of an option, the values JSON or else text.
+    """The `name=value` pairs of an option, the values JSON (or Python's None, True, False) or else
+    text.
 
     Raises ValueError for what is no pair, and for a name given twice.
     """
@@ -285,6 +335,8 @@ def _pairs(option: str, settings: Sequence[str]) -> dict[str, str]:
 
 
 def _value(text: str) -> Any:
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -326,7 +378,10 @@ def stored_stage(ledger: Ledger, wanted: str) -> Stage:
     try:
         stage = stage_from_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path} is no stage of this version: {error}") from None
+        why = error.errors(include_url=False)[0]["msg"]
+        raise ValueError(
+            f"{path} is no stage of this version ({why}); see midstream store ls"
+        ) from None
     if stage.name != name:
         raise ValueError(
             f"{path} was written by an earlier version, which named it otherwise; see midstream "

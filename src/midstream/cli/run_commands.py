@@ -240,19 +240,29 @@ def slurm_settings(
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = tomllib.loads(file.read_text())
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{file} is not TOML: {error}") from None
-    stages = {kind: dict(own) for kind, own in values.pop("stages", {}).items()}
+    stages = _tables(values.pop("stages", {}))
     for name, value in read_settings("--slurm-set", settings).items():
         kind, dot, own = name.partition(".")
         if dot and kind in get_args(StageKind):
             stages.setdefault(kind, {})[own] = value
         elif name == "stages":
-            stages |= value
+            stages |= _tables(value)
         else:
             values[name] = value
     return SlurmSettings.model_validate({**values, "stages": stages})
+
+
+def _tables(stages: Any) -> dict[str, dict[str, Any]]:
+    """What is said of jobs by the kind of their stage, copied; ValueError for anything else."""
+    if not isinstance(stages, dict) or not all(isinstance(own, dict) for own in stages.values()):
+        raise ValueError(
+            "stages says what jobs of a kind of stage are given, such as [stages.pretrain] with "
+            f"values of its own, or --slurm-set pretrain.NAME=VALUE; it is {stages!r}"
+        )
+    return {kind: dict(own) for kind, own in stages.items()}
 
 
 # Lines of metrics.jsonl that `logs` shows.

@@ -184,6 +184,8 @@ def report(
     from midstream.study.store import Ledger
 
     ledger, settings = Ledger(store), with_scale(settings, scale)
+    if not store.is_dir():
+        raise FileNotFoundError(f"store {store} does not exist; run the study, or give its --store")
     if out is None:
         _require_room(store)
     chosen = [last_study(name, ledger, settings) for name in studies]

@@ -4,6 +4,7 @@ from midstream.config.base import Config as Config
 from midstream.config.base import Fraction as Fraction
 from midstream.config.base import Positive as Positive
 from midstream.config.base import Rate as Rate
+from midstream.config.budget import HELD_APART as HELD_APART
 from midstream.config.budget import Amount as Amount
 from midstream.config.budget import Amounts as Amounts
 from midstream.config.budget import Budget as Budget
@@ -16,6 +17,7 @@ from midstream.config.budget import Sampling as Sampling
 from midstream.config.budget import Share as Share
 from midstream.config.budget import ShareUnit as ShareUnit
 from midstream.config.budget import check_caption as check_caption
+from midstream.config.budget import check_held_apart as check_held_apart
 from midstream.config.budget import check_picture as check_picture
 from midstream.config.budget import check_pool as check_pool
 from midstream.config.connectors import AttentionPool as AttentionPool
@@ -24,7 +26,9 @@ from midstream.config.connectors import GatedBlocks as GatedBlocks
 from midstream.config.connectors import PixelShuffle as PixelShuffle
 from midstream.config.connectors import ProjectorConfig as ProjectorConfig
 from midstream.config.connectors import Resampler as Resampler
+from midstream.config.data import END_OF_TEXT as END_OF_TEXT
 from midstream.config.data import OWN_RULE as OWN_RULE
+from midstream.config.data import SEPARATOR as SEPARATOR
 from midstream.config.data import ExpectedSource as ExpectedSource
 from midstream.config.data import PocketWorld as PocketWorld
 from midstream.config.data import PublicFolder as PublicFolder
@@ -33,7 +37,9 @@ from midstream.config.data import Tokenizer as Tokenizer
 from midstream.config.data import TokenizerFile as TokenizerFile
 from midstream.config.data import TrainedTokenizer as TrainedTokenizer
 from midstream.config.data import World as World
+from midstream.config.data import add_own_tokens as add_own_tokens
 from midstream.config.data import begin_of_text_named as begin_of_text_named
+from midstream.config.data import num_ids as num_ids
 from midstream.config.data import own_begin_of_text as own_begin_of_text
 from midstream.config.data import read_tokenizer as read_tokenizer
 from midstream.config.model import DECODERS as DECODERS

@@ -12,6 +12,10 @@ from midstream.config.base import Config, Fraction, Positive
 Caption = Literal["original", "synthetic", "random"]
 
 
+# Captions that an encoder's training does not see; its retrieval is measured on them.
+HELD_APART = 256
+
+
 def check_caption(
     name: str, kind: str, caption: Caption, have: Mapping[str, int], num_examples: int
 ) -> None:
@@ -51,6 +55,19 @@ def check_pool(name: str, kind: str, pool: int, num_examples: int) -> None:
         raise ValueError(
             f"source {name!r} holds {num_examples:,} examples, the pool asks for {pool:,}; lower "
             "the pool, or leave it out for all of them"
+        )
+
+
+def check_held_apart(name: str, num_examples: int, batch_images: int) -> None:
+    """Raises ValueError where a source of captions has none for a batch of an encoder's training
+    beside those that its retrieval is measured on."""
+    left = num_examples - HELD_APART
+    if left < batch_images:
+        remedy = f"lower batch_images to {left:,}" if left > 1 else "give more of them"
+        raise ValueError(
+            f"source {name!r} holds {num_examples:,} captions, batch_images {batch_images:,} and "
+            f"{HELD_APART} held apart need {batch_images + HELD_APART:,}; {remedy}, or load an "
+            "encoder (midstream import)"
         )
 
 

@@ -1,6 +1,7 @@
 """Options of the data: worlds and tokenizers."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+END_OF_TEXT = "<|endoftext|>"
+SEPARATOR = "<|separator|>"
+# A tokenizer's own end of text is the first of these that it has.
+_ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 # Choices of the token that begins an example; any other is the token itself.
 OWN_RULE, NO_BEGIN = "rule", "none"
 
@@ -229,7 +234,31 @@ def read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:
-        raise ValueError(f"{path} is not a tokenizer file of `tokenizers`: {error}") from None
+        raise ValueError(
+            f"{path} is not a tokenizer file of `tokenizers`: {error}; give a tokenizer.json"
+        ) from None
+
+
+def add_own_tokens(tokenizer: "tokenizers.Tokenizer") -> str:
+    """Give a tokenizer the separator and, where it has none of its own, an end of text; returns
+    that."""
+    from tokenizers import AddedToken
+
+    held = [token for token in _ENDS_OF_TEXT if tokenizer.token_to_id(token) is not None]
+    end_of_text = held[0] if held else END_OF_TEXT
+    tokenizer.add_special_tokens(
+        [AddedToken(end_of_text, special=True), AddedToken(SEPARATOR, special=True)]
+    )
+    return end_of_text
+
+
+@cache
+def num_ids(path: Path) -> int:
+    """How many ids the data of a tokenizer's file have, those of `add_own_tokens` among them;
+    ValueError for another file."""
+    tokenizer = read_tokenizer(path)
+    add_own_tokens(tokenizer)
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def own_begin_of_text(tokenizer: "tokenizers.Tokenizer") -> int | None:

@@ -128,10 +128,19 @@ class _Digests:
         self._path = path
         self._known: dict[str, tuple[Seen, str]] = {}
         self._new: dict[str, tuple[Seen, str]] = {}
+        self._is_broken = False
         if not again and path.is_file():
-            with closing(sqlite3.connect(path)) as database:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            with closing(sqlite3.connect(self._path)) as database:
                 rows = database.execute("SELECT * FROM digests")
                 self._known = {row[0]: (tuple(row[1:5]), row[5]) for row in rows}
+        except sqlite3.OperationalError:
+            pass  # Empty, or of a disk that locks nothing: nothing is known.
+        except sqlite3.DatabaseError:
+            self._is_broken = True
 
     def sha256(self, path: str | Path) -> str:
         """The file's digest, read anew only where it may have changed."""
@@ -153,13 +162,15 @@ class _Digests:
         rows = [(name, *seen, found) for name, (seen, found) in self._new.items()]
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._is_broken:
+                self._path.unlink(missing_ok=True)
             with closing(sqlite3.connect(self._path, timeout=30)) as database, database:
                 database.execute(
                     "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INTEGER, "
                     "inode INTEGER, modified INTEGER, changed INTEGER, sha256 TEXT)"
                 )
                 database.executemany("INSERT OR REPLACE INTO digests VALUES (?,?,?,?,?,?)", rows)
-        except (OSError, sqlite3.OperationalError):
+        except (OSError, sqlite3.DatabaseError):
             return  # A store that one may only read: the next command hashes again.
 
 

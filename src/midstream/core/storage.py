@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MANIFEST = "manifest.json"
+# What ends the name of a file or folder that is being written, or is on its way out.
+_LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(tmp|old)\Z")
 # Files that are read, hashed or written at once; `hashlib` leaves the interpreter to others.
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -134,6 +136,17 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path.replace(path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")))
 
 
+def require_folder(path: Path, remedy: str) -> None:
+    """Raises NotADirectoryError with the remedy for a file, or a link to nowhere, in place of a
+    folder; there need not be one yet."""
+    if path.is_symlink() and not path.exists():
+        raise NotADirectoryError(
+            f"{path} is a link to {path.readlink()}, which is not there; {remedy}"
+        )
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, not a folder; {remedy}")
+
+
 def require_writable(folder: Path) -> None:
     """Raises PermissionError, with both users and the remedy, for a folder that is not ours."""
     if not folder.is_dir() or os.access(folder, os.W_OK | os.X_OK):
@@ -216,7 +229,7 @@ def verify(
 
 def remove_leftovers(folder: Path, prefix: str = "") -> int:
     """Delete what writers of `prefix*` killed in the middle left in `folder`; returns how many."""
-    left = [item for item in folder.glob(f".{prefix}*") if item.suffix in (".tmp", ".old")]
+    left = [item for item in folder.glob(f".{prefix}*") if _LEFTOVER.search(item.name)]
     for item in left:
         shutil.rmtree(item) if item.is_dir() else item.unlink()
     return len(left)

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 
-from midstream.config import own_begin_of_text, read_tokenizer
+from midstream.config import END_OF_TEXT as END_OF_TEXT
+from midstream.config import SEPARATOR as SEPARATOR
+from midstream.config import add_own_tokens, own_begin_of_text, read_tokenizer
 from midstream.data.tokenise import fast_encoder
 
-END_OF_TEXT = "<|endoftext|>"
-SEPARATOR = "<|separator|>"
 # Ends a reply in tokenizers that have it; nothing of ours writes it.
 AGENT_STOP = "<|agent_stop|>"
-# A tokenizer's own end of text is the first of these that it has.
-_ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 IMAGE_MARK = "<image>"
 
 
@@ -73,11 +71,7 @@ class TextCodec:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        held = [token for token in _ENDS_OF_TEXT if tokenizer.token_to_id(token) is not None]
-        end_of_text = held[0] if held else END_OF_TEXT
-        tokenizer.add_special_tokens(
-            [AddedToken(end_of_text, special=True), AddedToken(SEPARATOR, special=True)]
-        )
+        end_of_text = add_own_tokens(tokenizer)
         # A file may carry its model's own cut and padding; examples are whole and as they are.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -138,13 +132,13 @@ class TextCodec:
         """Ids of plain text, without any special token."""
         if self._fast is not None:
             return self._fast(text)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
         if self._fast is not None:
             return [self._fast(text) for text in texts]
-        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        found = self._plain.encode_batch(list(texts), add_special_tokens=False)
         return [list(item.ids) for item in found]
 
     @cached_property
@@ -152,9 +146,49 @@ class TextCodec:
         # Made when it is first used: a codec that only decodes needs none.
         return fast_encoder(self.tokenizer)
 
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        return without_special(self.tokenizer)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def without_special(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, or one of the same ids that finds no special token in a text.
+
+    Where a model takes whole pieces of its vocabulary (Unigram, words, BPE that ignores merges) and
+    that holds the special tokens too, it finds them whatever `encode_special_tokens` says.
+    """
+    model = tokenizer.model
+    if isinstance(model, models.BPE) and not model.ignore_merges:
+        return tokenizer
+    parts = json.loads(tokenizer.to_str())
+    listed = parts["model"]["vocab"]
+    pieces = [piece for piece, _ in listed] if isinstance(listed, list) else list(listed)
+    unknown = parts["model"].get("unk_token")
+    if (number := parts["model"].get("unk_id")) is not None:
+        unknown = pieces[number]
+    formed = {"".join(merge) for merge in parts["model"].get("merges", [])}
+    added = {one["content"] for one in parts["added_tokens"] if one["special"]}
+    # Their new names hold what is no character, so that no text has it.
+    hidden = {
+        piece: f"\U0010ffff{number}\U0010ffff"
+        for number, piece in enumerate(pieces)
+        if piece in added - formed - {unknown}
+    }
+    if not hidden:
+        return tokenizer
+    if isinstance(listed, list):
+        parts["model"]["vocab"] = [[hidden.get(piece, piece), score] for piece, score in listed]
+    else:
+        parts["model"]["vocab"] = {hidden.get(piece, piece): n for piece, n in listed.items()}
+    for one in parts["added_tokens"]:
+        one["content"] = hidden.get(one["content"], one["content"])
+    found = Tokenizer.from_str(json.dumps(parts | {"post_processor": None}))
+    found.encode_special_tokens = tokenizer.encode_special_tokens
+    return found
 
 
 def begins_with(token: str, number: int) -> processors.TemplateProcessing:

@@ -16,7 +16,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from midstream.core.digests import walk
-from midstream.core.storage import read_json, remove_leftovers, write_bytes, write_json
+from midstream.core.storage import (
+    read_json,
+    remove_leftovers,
+    require_folder,
+    write_bytes,
+    write_json,
+)
 from midstream.data.columns import SHARD_INDEX
 from midstream.data.examples import TextCodec
 from midstream.data.formats.beside import FILES, samples_beside
@@ -85,6 +91,7 @@ def plan_source(
     cannot be divided into units or that lies about `out`, and ValueError for two files that are
     one.
     """
+    require_folder(out, "give another --out")
     out, root = out.absolute(), os.path.abspath(root) if root else ""
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"the validation share is 0 or more, below 1, not {validation_fraction}")

@@ -16,6 +16,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models
 from tokenizers.pre_tokenizers import Split
 
+from midstream.config import read_tokenizer
+
 # A text with a run of whitespace, or of anything else, that is twice as long goes the plain way:
 # tiktoken overflows on the one, and its older releases are slow on the other.
 LONG_RUN = 5000
@@ -58,11 +60,14 @@ def open_tokenizer(name_or_file: str) -> Tokenizer:
     """
     path = Path(name_or_file).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
-    if file.is_file():
-        try:
-            return Tokenizer.from_file(str(file))
-        except Exception as error:
-            raise ValueError(f"{file} is not a tokenizer file of `tokenizers`: {error}") from None
+    if file.is_file() and file.suffix != ".model":
+        return read_tokenizer(file)
+    if path.is_dir() or file.suffix == ".model":
+        raise FileNotFoundError(
+            f"tokenizer {name_or_file!r} has no tokenizer.json; transformers makes one of "
+            "sentencepiece's tokenizer.model, or of vocab.json and merges.txt: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     tried = f"no file {file}"
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_file) or file.suffix == ".json":
         raise FileNotFoundError(

@@ -19,8 +19,10 @@ from midstream.config import (
     TokenizerFile,
     TrainedTokenizer,
     check_caption,
+    check_held_apart,
     check_picture,
     check_pool,
+    num_ids,
 )
 from midstream.core.identity import file_sha256
 from midstream.core.storage import read_json
@@ -41,6 +43,7 @@ from midstream.study.stages import (
     Stage,
     Trained,
     TrainEncoder,
+    came_from,
     overflow_of,
 )
 from midstream.study.store import Ledger
@@ -221,6 +224,10 @@ def _encoder_data(stage: TrainEncoder, ledger: Ledger) -> Iterator[Problem]:
     if source is None:
         return
     yield from _captions(training.source, training.caption, source)
+    try:
+        check_held_apart(training.source, source.examples, training.batch_images)
+    except ValueError as reason:
+        yield replace(Problem.of(reason), level="doubtful" if source.expected else "wrong")
     for tokens, where in source.with_caption(training.caption).longest.values():
         # The separator before a caption is not given to the tower.
         if (length := tokens - 1) > training.max_text_tokens:
@@ -253,12 +260,23 @@ def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
         yield Problem(f"{who}, so that nothing would be learnt", "add a source that does")
     if stage.training.lora is not None and find_spec("peft") is None:
         yield Problem("lora is given, and peft is not installed", 'pip install "midstream[lora]"')
-    if isinstance(stage, Pretrain):
-        tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
-        if isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > size:
-            trained = f"the tokenizer is trained to {tokenizer.vocab_size:,} ids"
-            remedy = "raise the decoder's vocab_size, or lower the tokenizer's"
-            yield Problem(f"{trained}, the decoder has {size:,}", remedy)
+    if isinstance(stage, Pretrain | Continue) and came_from(stage) is None:
+        yield from _vocabulary(stage)
+
+
+def _vocabulary(stage: Pretrain | Continue) -> Iterator[Problem]:
+    """Ids that a decoder which begins anew has no row for."""
+    tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
+    if isinstance(tokenizer, TrainedTokenizer):
+        number, told = tokenizer.vocab_size, "the tokenizer is trained to"
+        remedy = "raise the decoder's vocab_size, or lower the tokenizer's"
+    elif tokenizer.sha256.startswith(PLANNED) or not tokenizer.path.is_file():
+        return
+    else:
+        number, told = num_ids(tokenizer.path), f"with the separator {tokenizer.path} has"
+        remedy = "raise the decoder's vocab_size to that"
+    if number > size:
+        yield Problem(f"{told} {number:,} ids, the decoder has {size:,}", remedy)
 
 
 def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Iterator[Problem]:

@@ -189,7 +189,8 @@ class LocalBackend:
         error = worker.why(code, "use fewer workers")
         if worker.stage is not None and not worker.ready:
             self.is_broken = True
-            error += " before it was ready; no other worker was started"
+            error += "" if worker.fault else " before it was ready"
+            error += "; no other worker was started"
         yield from self._settle(worker, "failed", error, unnoted=True)
 
     def _tell_nodes(self, work: str | None = None, code: int | None = None) -> None:

@@ -244,6 +244,11 @@ def gpu_shares(machine: Machine) -> list[tuple[str, ...]]:
     Raises ValueError where there are fewer GPUs than the workers need.
     """
     gpus = () if machine.device == "cpu" else visible_gpus()
+    if not gpus and machine.device == "cuda" and VISIBLE in os.environ:
+        raise ValueError(
+            f"device cuda is asked for, and {VISIBLE}={os.environ[VISIBLE]!r} leaves no GPU; "
+            "unset it, or give --device cpu"
+        )
     if not gpus:
         return [()] * machine.workers
     need = machine.workers * machine.ranks

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from midstream.core.storage import (
     read_json,
     remove_leftovers,
+    require_folder,
     require_writable,
     write_bytes,
     write_json,
@@ -51,9 +52,10 @@ class OpenStage:
 
 
 class Ledger:
-    """The store at `store`, read and written by stage."""
+    """The store at `store`, read and written by stage; NotADirectoryError for what is no folder."""
 
     def __init__(self, store: Path) -> None:
+        require_folder(store, "give another --store")
         self.store = store
 
     @property
@@ -105,7 +107,13 @@ class Ledger:
                 f"{label(stage)} is {self.state(stage)}, not done, in {self.folder(stage)}; "
                 f"run it first"
             )
-        return cast(dict[str, Any], read_json(self.folder(stage) / "results.json"))
+        path = self.folder(stage) / "results.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing though {label(stage)} is done, as in a store that was not "
+                f"copied whole; copy the folder again, or delete {path.parent} and run the study"
+            )
+        return cast(dict[str, Any], read_json(path))
 
     def metrics(self, stage: Stage) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; a last line that is still being written is left out."""
@@ -211,7 +219,7 @@ class Ledger:
 
     def study_names(self) -> list[str]:
         """The studies that were run in this store, in the order of the alphabet."""
-        return sorted(path.stem for path in (self.store / "studies").glob("*.json"))
+        return sorted(path.stem for path in (self.store / "studies").glob("[!.]*.json"))
 
     def _write_status(
         self, stage: Stage, state: State, about: Mapping[str, Any], *, error: str | None = None
@@ -262,7 +270,8 @@ def _refuse_another(folder: Path, stage: Stage) -> None:
     try:
         found = stage_from_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path} is no stage of this version; move it away: {error}") from None
+        why = error.errors(include_url=False)[0]["msg"]
+        raise ValueError(f"{path} is no stage of this version ({why}); move it away") from None
     if found.identity != stage.identity:
         raise ValueError(
             f"{path} holds a {found.kind} of identity {found.identity}, not {stage.identity}; "

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize
 
-from midstream.config import ContrastiveTraining, EncoderConfig
+from midstream.config import HELD_APART, ContrastiveTraining, EncoderConfig, check_held_apart
 from midstream.config.training import rate_at
 from midstream.core.storage import new_folder
 from midstream.data.examples import TextCodec
@@ -144,10 +144,6 @@ class SiglipPair(nn.Module):
         }
 
 
-# Captions kept out of the training to measure retrieval on.
-HELD_APART = 256
-
-
 def train_encoder(
     config: EncoderConfig,
     training: ContrastiveTraining,
@@ -169,7 +165,8 @@ def train_encoder(
     started = time.monotonic()
     source.check_caption(training.caption)
     captions = Captions(source, codec, training)
-    usable = _usable(source, training.batch_images)
+    check_held_apart(source.name, len(source), training.batch_images)
+    usable = len(source) - HELD_APART
     pair = SiglipPair(config, codec.size, training).to(device).train()
     pixels = PixelCache(source, config)
     optimizer = torch.optim.AdamW(
@@ -226,16 +223,6 @@ def train_encoder(
         "weights_digest": weights_digest(pair.tower),
         "seconds": time.monotonic() - started,
     }
-
-
-def _usable(source: Source, batch_images: int) -> int:
-    usable = len(source) - HELD_APART
-    if usable < batch_images:
-        raise ValueError(
-            f"source {source.name!r} holds {len(source)} captions; batch_images "
-            f"{batch_images} and {HELD_APART} held apart need more"
-        )
-    return usable
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from midstream.config import Machine
+from midstream.core.storage import read_json
 from midstream.launch.workers import LAUNCHER
 from midstream.study.stages import stage_from_json
 from midstream.study.store import Ledger, Stopped
@@ -62,13 +63,17 @@ def serve(store: Path, machine: Machine, lines: Iterable[str]) -> bool:
         say("rank", rank=rank, pid=os.getpid())
     ledger = Ledger(store)
     current = ""
-    runner = StageRunner(
-        ledger,
-        machine,
-        report=lambda values: tell("progress", stage=current, **values),
-        should_stop=lambda: stopping,
-        lost=lambda reason: say("fault", error=reason),
-    )
+    try:
+        runner = StageRunner(
+            ledger,
+            machine,
+            report=lambda values: tell("progress", stage=current, **values),
+            should_stop=lambda: stopping,
+            lost=lambda reason: say("fault", error=reason),
+        )
+    except Exception as reason:
+        say("fault", error=str(reason))
+        raise
     tell("ready")
     good = True
     for line in lines:
@@ -116,7 +121,7 @@ def leave_with_the_launcher() -> None:
 
 def main() -> None:
     """The worker process of `midstream.launch.workers`, or one rank."""
-    work = json.loads(Path(sys.argv[1]).read_text())
+    work = read_json(Path(sys.argv[1]))
     leave_with_the_launcher()
     lines = [json.dumps(work)] if "stage" in work else sys.stdin
     good = serve(Path(work["store"]), Machine.model_validate(work["machine"]), lines)

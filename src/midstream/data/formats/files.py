@@ -13,9 +13,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from glob import glob
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any
 from urllib.parse import unquote
 
 import pyarrow
@@ -239,10 +239,9 @@ def join(root: str, name: str, where: str) -> str:
 def _is_file_name(name: str) -> bool:
     # Halves of surrogate pairs, other than those that stand for bytes, are in no file's name.
     try:
-        os.fsencode(name)
+        return bool(os.fsencode(name))
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def _is_one(folder: str, other: str) -> bool:
@@ -351,14 +350,15 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
             if not head:
                 raise ValueError(f"{path} is an empty file, not a compressed one; fetch it again")
             # pyarrow and not zstandard, whose reader takes the end of a cut file for its end.
-            source = (
+            source: Any = (
                 pyarrow.input_stream(stream if is_url(path) else path, compression=kind)
                 if kind in ("zstd", "lz4")
                 else compr[kind](stream)
             )
-            stream = stack.enter_context(
-                io.BufferedReader(cast(io.RawIOBase, source), _PIECE_BYTES)
-            )
+            stream = stack.enter_context(io.BufferedReader(source, _PIECE_BYTES))
+            head = _checked(path, stream.peek, _HEAD)[:_HEAD]
+            if any(re.match(pattern, head, re.DOTALL) for pattern in _BEGINS.values()):
+                raise ValueError(f"{path} is compressed twice; unpack it once, and give the result")
         if _checked(path, stream.peek, 2)[:2] in _UTF16:
             stream = stack.enter_context(io.BufferedReader(_Recoded(stream), _PIECE_BYTES))
         yield stream
@@ -390,6 +390,8 @@ def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:
     except RemoteError:
         raise
     except _DAMAGE as error:
+        if "too much memory" in str(error):  # of zstd: for a window of more than 128 MiB
+            raise ValueError(f"{path} has a long window; unpack it: zstd -d --long=31") from None
         raise ValueError(f"{path} is cut short or damaged ({error}); fetch it again") from None
 
 
@@ -402,9 +404,8 @@ def _local_files(source: str) -> list[str]:
         return []
     matches = [match for match in glob(source, recursive=True) if _is_shown(match, source)]
     # A link to nowhere stays in the list: opening it says so.
-    return [
-        file for match in matches for file in (walk(match) if os.path.isdir(match) else [match])
-    ]
+    found = (walk(match) if os.path.isdir(match) else [match] for match in matches)
+    return list(chain.from_iterable(found))
 
 
 def _url_files(source: str) -> list[str]:

@@ -54,9 +54,30 @@ def unicode_problem(text: str) -> str:
     return ""
 
 
+def is_wide(data: bytes) -> bool:
+    """Whether a text is UTF-16 or UTF-32, by its mark or by zeros in most of its characters."""
+    head = data[: 2**10]
+    return head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) or (
+        3 * head.count(0) > len(head) > 3
+    )
+
+
+def _head_of(path: str) -> bytes:
+    """How a file of JSON begins; ValueError names one that is not UTF-8 for its most part."""
+    head = read_head(path, 2**16)
+    if is_wide(head):
+        raise ValueError(
+            f"{path} is UTF-16 or UTF-32; write it in UTF-8, as iconv -f UTF-16 -t UTF-8 does"
+        )
+    return head.removeprefix(_BOM).lstrip(_SPACE)
+
+
 def holds_list(path: str) -> bool:
-    """Whether the file's JSON is one list of records, and not lines of them."""
-    head = read_head(path, 2**16).removeprefix(_BOM).lstrip(_SPACE)
+    """Whether the file's JSON is one list of records, and not lines of them.
+
+    Raises ValueError that names a file in UTF-16, and as `read_lines` does.
+    """
+    head = _head_of(path)
     line, _, rest = head.partition(b"\n")
     if not head.startswith(b"[") or not rest.strip():
         return head.startswith(b"[")
@@ -85,7 +106,7 @@ def entries_of(path: str, *, listed: bool) -> Iterator[tuple[str, bytes]]:
 def lone_object(path: str) -> bytes:
     """The bytes of the one object over several lines that a file of up to 16 MiB holds; else
     nothing."""
-    head = read_head(path, 2**16).removeprefix(_BOM).lstrip(_SPACE)
+    head = _head_of(path)
     line, end, _ = head.partition(b"\n")
     if not head.startswith(b"{") or not end or isinstance(json_object(line, path), dict):
         return b""

@@ -6,14 +6,16 @@ Lines are numbered from 1, rows of parquet files from 0.
 import gzip
 import io
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pyarrow
 
-from midstream.core.digests import TEXT_SUFFIXES
+from midstream.core.digests import TEXT_SUFFIXES, plain_name
 from midstream.data.formats.files import (
     base_name,
     exists,
@@ -23,6 +25,7 @@ from midstream.data.formats.files import (
     join,
     read_head,
     read_lines,
+    shown_files,
     size_of,
 )
 from midstream.data.formats.json_records import (
@@ -30,6 +33,7 @@ from midstream.data.formats.json_records import (
     NOT_UTF8,
     entries_of,
     holds_list,
+    is_wide,
     json_object,
     unicode_problem,
 )
@@ -45,6 +49,13 @@ from midstream.data.formats.tables import columns_of, refuse_splits, table_rows
 from midstream.data.source_writer import Reject
 
 MANIFEST = "manifest.jsonl"
+# Token ids as nanoGPT, Megatron, OLMo, MosaicML and nanotron keep them.
+_TOKENISED = (".bin", ".idx", ".npy", ".npz", ".mds", ".ds")
+_OF_IDS = (
+    "token ids are read as OpenLM writes them (docs/data.md); give the texts that these were made "
+    "from"
+)
+_INDEX = re.compile(rb'\s*\{\s*"(shards|chunks)"\s*:')
 NO_IDS, EMPTY = "not a list of token ids", "empty text"
 _MEMBERS = (".txt", ".json", ".json.gz")
 _MAX_UNPACKED_BYTES = 64 * 2**20
@@ -152,7 +163,13 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
 
 
 def _units(source: str) -> list[Unit]:
-    files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
+    try:
+        files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
+    except FileNotFoundError:
+        if other := next(filter(_is_tokenised, shown_files(source)), None):
+            raise ValueError(f"{other} is no text; {_OF_IDS}") from None
+        raise
+    _refuse_index(files)
     refuse_splits(source, files)
     listed = cache(_read_manifest)
     lists = {path for path in files if base_name(path) == MANIFEST and listed(path) is not None}
@@ -181,6 +198,20 @@ def _units(source: str) -> list[Unit]:
     return units
 
 
+def _refuse_index(files: Sequence[str]) -> None:
+    """Raises ValueError for the index that MosaicML's and Lightning's writers put beside shards."""
+    for path in files:
+        if base_name(path) == "index.json" and _INDEX.match(read_head(path, 2**10)):
+            raise ValueError(
+                f"{path} lists the shards of {folder_of(path)}, which are in a streaming format "
+                "that no reader opens; write their texts as lines of JSON or as parquet"
+            )
+
+
+def _is_tokenised(path: str) -> bool:
+    return plain_name(base_name(path)).endswith(_TOKENISED)
+
+
 def _check_tokenised(path: str) -> None:
     first = next(scan_tar(path), None)
     found = None if first is None else _chunk_of(first, path)
@@ -194,6 +225,8 @@ def _check_tokenised(path: str) -> None:
 def _format(path: str) -> str:
     name = full_name(path)
     found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
+    if found is None and _is_tokenised(path):
+        raise ValueError(f"{path} is no text; {_OF_IDS}")
     if found is None:
         known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
         raise ValueError(
@@ -209,35 +242,58 @@ def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:
         found = json_object(data, where)
         if isinstance(found, Reject):
             yield found
-        elif not isinstance(found.get(key), str):
-            has = f"its keys are {list(found)}" if key not in found else f"{key!r} is no text"
-            yield Reject(where, NO_TEXT, has[:200])
+            continue
+        parts = _parts(found, key)
+        text = _inside(found, parts)
+        if isinstance(text, str):
+            yield _document(where, text)
         else:
-            yield _document(where, found[key])
+            has = f"{key!r} is no text" if parts[0] in found else f"its keys are {list(found)}"
+            yield Reject(where, NO_TEXT, has[:200])
+
+
+def _parts(names: Container[str], key: str) -> list[str]:
+    """The field that a key names, and the fields inside it (data.text) where none has its name."""
+    return [key] if key in names else key.split(".")
+
+
+def _inside(value: Any, parts: Sequence[str]) -> Any:
+    """What stands under fields inside each other; None where one of them is not there."""
+    for part in parts:
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _read_table(unit: Unit, options: ReadOptions) -> Iterator[Item]:
-    path, key = unit.files[0], options.text_key
-    _check_column(path, columns_of(path), key)
-    for number, (value,) in enumerate(table_rows(path, [key])):
-        yield _from_column(f"{path}, row {number}", value)
+    path, schema = unit.files[0], columns_of(unit.files[0])
+    column, *inner = _parts(schema.names, options.text_key)
+    _check_column(path, schema, options.text_key)
+    for number, (value,) in enumerate(table_rows(path, [column])):
+        yield _from_column(f"{path}, row {number}", value, inner)
 
 
 def _check_column(path: str, schema: pyarrow.Schema, key: str) -> None:
-    if key not in schema.names:
-        raise ValueError(
-            f"{path} has no column {key!r}; name that of the texts (--text-key), one of "
-            f"{schema.names}"
-        )
-    kind = schema.field(key).type
+    column, *inner = _parts(schema.names, key)
+    fields = {name: schema.field(name) for name in schema.names}
+    for part in (column, *inner):
+        if part not in fields:
+            raise ValueError(
+                f"{path} has no column {key!r}; name that of the texts (--text-key), one of "
+                f"{list(fields)}"
+            )
+        kind = fields[part].type
+        nested = kind.fields if pyarrow.types.is_struct(kind) else []
+        fields = {one.name: one for one in nested}
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if str(values) not in ("string", "large_string", "string_view"):
+    if str(values) not in _TEXT_TYPES:
         raise ValueError(f"{path}: column {key!r} is {kind}, not text; name another column")
 
 
-def _from_column(where: str, value: pyarrow.Scalar) -> Item:
+def _from_column(where: str, value: pyarrow.Scalar, inner: Sequence[str]) -> Item:
     try:
-        text = value.as_py()
+        text = _inside(value.as_py(), inner)
+        # Where the writer did not say that its bytes are text.
+        text = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
         return Reject(where, NOT_UTF8, str(error))
     return Reject(where, NO_TEXT, "it is null") if text is None else _document(where, text)
@@ -253,6 +309,9 @@ def _read_txt(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     data = read_head(path, MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise ValueError(f"{path} unpacks to more than {MAX_DOCUMENT_BYTES:,} bytes; {_LINES}")
+    if is_wide(data):
+        yield Reject(path, NOT_UTF8, "it is UTF-16 or UTF-32")
+        return
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -269,6 +328,8 @@ def _document(where: str, text: str) -> TextRecord | Reject:
     return TextRecord(where, text)
 
 
+# All values of a column of type null are absent.
+_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "null")
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[Item]]] = {
     "jsonl": _read_jsonl,
     "parquet": _read_table,
