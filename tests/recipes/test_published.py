@@ -207,13 +207,31 @@ def test_table_1_can_be_planned_and_its_rates_drawn_at_every_scale(
     assert study.table is not None
     rows = {line.axes["recipe"] for line in study.lines}
     assert study.table.labels.keys() == rows
-    assert all(len(text) == 4 for text in study.table.labels.values())
+    assert all(len(text) == 5 for text in study.table.labels.values())
 
 
 def test_what_stands_in_for_a_recipes_own_is_said() -> None:
     notes = table1(recipes=("Flamingo", "Qwen-VL")).notes
     assert any(note.startswith("Flamingo: it has no videos") for note in notes)
     assert not any("BLIP3" in note for note in notes)
+
+
+def test_a_recipe_that_is_not_fine_tuned_is_asked_behind_shots_and_no_other_is() -> None:
+    asked = {line.axes["recipe"]: line.result.evaluation for line in table1(seeds=(7,)).lines}
+    few = {name: one.few_shot and one.few_shot.num_shots for name, one in asked.items()}
+    assert few.pop("Flamingo") == 4
+    assert set(few.values()) == {None}
+    # The same questions of the same benchmarks.
+    others = {one.model_copy(update={"few_shot": None}).model_dump_json() for one in asked.values()}
+    assert len(others) == 1
+    study = table1(recipes=("Flamingo", "Ours"), seeds=(7,))
+    assert study.table is not None
+    columns = {name: text["asked"] for name, text in study.table.labels.items()}
+    assert columns == {"Flamingo": "behind 4 shots", "Ours": "as it is"}
+    assert any(note.startswith("Flamingo: not fine-tuned, asked behind 4") for note in study.notes)
+    plain = table1(recipes=("Flamingo",), seeds=(7,), shots=None).lines[0].result
+    assert plain.evaluation == asked["Ours"]
+    assert plain.of.identity == table1(recipes=("Flamingo",), seeds=(7,)).lines[0].result.of.identity
 
 
 def test_no_two_recipes_are_one_model() -> None:

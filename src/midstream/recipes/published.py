@@ -15,6 +15,8 @@ from midstream.config import (
     Constant,
     ContinuedCosine,
     DecoderConfig,
+    Evaluation,
+    FewShot,
     FusedEncoder,
     GatedBlocks,
     PatchProjection,
@@ -36,7 +38,10 @@ RESAMPLER_HEAD = 64
 MULTITASK_PASSES = 12
 # Positions by which the rows of larger pictures grow are a multiple of this.
 ROW_MULTIPLE = 64
+# Of those that Flamingo's authors ask behind (0, 4, 8, 16 and 32: G), the fewest with pictures.
+SHOTS = 4
 STAGES, TRAINED, MIXTURE, SCHEDULE = "stages", "trained", "image-text mixture", "schedule"
+ASKED = "asked"
 
 
 def table1(
@@ -46,14 +51,16 @@ def table1(
     recipes: Sequence[str] = (),
     shrink: float = 1.0,
     lora_rank: int | None = None,
+    shots: int | None = SHOTS,
     **given: Unpack[Settings],
 ) -> Study:
     """Table 1's recipes trained at one scale, side by side.
 
     `recipes` picks some by their name (all without it); `epochs` are those of fine-tuning.
-    `lora_rank` gives IDEFICS its adapters, of this rank, where peft is installed. The other
-    settings are those of the paper's studies (`scales.Settings`). Raises ValueError that lists the
-    recipes for a name that is none.
+    `lora_rank` gives IDEFICS its adapters, of this rank, where peft is installed. A recipe that is
+    not fine-tuned is asked behind `shots` (None: as the others). The other settings are those of
+    the paper's studies (`scales.Settings`). Raises ValueError that lists the recipes for a name
+    that is none.
     """
     at = find_scale(scale, shrink, **given)
     # With documents among its sources, and benchmarks of several pictures.
@@ -81,7 +88,9 @@ def table1(
             Line(
                 name=f"{recipe.name}, seed {seed}",
                 axes={"recipe": recipe.name, "seed": seed},
-                result=Evaluate(of=trained(at, recipe, seed, epochs), evaluation=asked),
+                result=Evaluate(
+                    of=trained(at, recipe, seed, epochs), evaluation=_asked(at, recipe, shots)
+                ),
             )
             for recipe, seed in product(chosen, seeds or at.seeds)
         ),
@@ -91,13 +100,14 @@ def table1(
             rows="recipe",
             scores=("stable.vision", "stable.text", *asked.visual_tasks, *asked.text_tasks),
             source="recipes: paper, Table 1",
-            labels={recipe.name: words(recipe) for recipe in chosen},
+            labels={recipe.name: words(recipe, shots) for recipe in chosen},
         ),
         notes=(
             *at.notes,
             "Every recipe has this scale's language model, captions, documents and conversations, "
             "and all but DeepSeek-VL one encoder.",
             *left_out,
+            *_shots_note(chosen, shots),
             *_notes(chosen),
         ),
         text_rates=at.text_rates,
@@ -105,6 +115,21 @@ def table1(
 
 
 _GATED = "since gated blocks stand between those of an OpenLM decoder alone"
+
+
+def _asked(scale: Scale, recipe: Recipe, shots: int | None) -> Evaluation:
+    """The scale's benchmarks, behind shots where nothing taught the recipe how they are asked."""
+    if recipe.instruct is not None or shots is None:
+        return scale.asked
+    return scale.asked.model_copy(update={"few_shot": FewShot(num_shots=shots)})
+
+
+def _shots_note(recipes: Sequence[Recipe], shots: int | None) -> list[str]:
+    names = [recipe.name for recipe in recipes if recipe.instruct is None]
+    if not names:
+        return []
+    how = "without shots" if shots is None else f"behind {shots} training questions with answers"
+    return [f"{', '.join(names)}: not fine-tuned, asked {how}; the others are asked as fine-tuned."]
 
 
 def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | Finetune:
@@ -135,8 +160,9 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
     return Finetune(start=before, training=training)
 
 
-def words(recipe: Recipe) -> dict[str, str]:
-    """A recipe's stages, what each trains, its mixtures and schedules, as the table's columns."""
+def words(recipe: Recipe, shots: int | None = SHOTS) -> dict[str, str]:
+    """A recipe's stages, what each trains, its mixtures and schedules and how it is asked, as the
+    table's columns."""
     seen, chat = recipe.image_text, recipe.instruct
     stages = [f"text {recipe.completion:.0%}", *map(_stage_words, seen)]
     learns = [_parts(recipe, stage.encoder_rate, stage.trains_decoder) for stage in seen]
@@ -150,6 +176,7 @@ def words(recipe: Recipe) -> dict[str, str]:
         TRAINED: "; ".join(learns),
         MIXTURE: "; ".join(_mixed(stage) for stage in seen) or "none",
         SCHEDULE: "; ".join(how),
+        ASKED: "as it is" if chat is not None or shots is None else f"behind {shots} shots",
     }
 
 
