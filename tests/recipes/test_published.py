@@ -231,7 +231,7 @@ def test_a_recipe_that_is_not_fine_tuned_is_asked_behind_shots_and_no_other_is()
     assert any(note.startswith("Flamingo: not fine-tuned, asked behind 4") for note in study.notes)
     plain = table1(recipes=("Flamingo",), seeds=(7,), shots=None).lines[0].result
     assert plain.evaluation == asked["Ours"]
-    assert plain.of.identity == table1(recipes=("Flamingo",), seeds=(7,)).lines[0].result.of.identity
+    assert plain.of.identity == study.lines[0].result.of.identity
 
 
 def test_no_two_recipes_are_one_model() -> None:
