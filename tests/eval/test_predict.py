@@ -251,6 +251,22 @@ def test_features_of_no_more_pictures_are_kept_than_there_is_room_for(
     assert paths[0] not in answerer._features
 
 
+def test_no_more_pictures_are_looked_at_together_than_there_is_room_for(
+    answerer: ModelAnswerer, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = [Shown((one, other), shared=False) for one in pictures[:5] for other in pictures[:2]]
+    asked = [f"Which {number}?" for number in range(len(seen))]
+    whole = written(answerer, asked, seen)
+    looked, look = list[int](), answerer._look
+    monkeypatch.setattr(
+        answerer, "_look", lambda paths: (looked.append(len(paths)), look(paths))[1]
+    )
+    monkeypatch.setattr(predict, "_PICTURES_OF_ROW", 1)
+    assert written(answerer, asked, seen) == whole
+    assert len(looked) > 1
+    assert max(looked) == 4
+
+
 def test_several_pictures_and_shots_stand_as_in_fine_tuning(
     answerer: ModelAnswerer, codec: TextCodec, pictures: list[Path]
 ) -> None:
