@@ -258,9 +258,12 @@ def test_no_more_pictures_are_looked_at_together_than_there_is_room_for(
     asked = [f"Which {number}?" for number in range(len(seen))]
     whole = written(answerer, asked, seen)
     looked, look = list[int](), answerer._look
-    monkeypatch.setattr(
-        answerer, "_look", lambda paths: (looked.append(len(paths)), look(paths))[1]
-    )
+
+    def counted(paths: list[Path]) -> torch.Tensor:
+        looked.append(len(paths))
+        return look(paths)
+
+    monkeypatch.setattr(answerer, "_look", counted)
     monkeypatch.setattr(predict, "_PICTURES_OF_ROW", 1)
     assert written(answerer, asked, seen) == whole
     assert len(looked) > 1
