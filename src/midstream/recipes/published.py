@@ -4,6 +4,7 @@ Each recipe over the language model, encoder and data of one scale.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import isqrt
 from typing import Unpack
@@ -36,6 +37,8 @@ LEAST_FEATURES = 4
 RESAMPLER_HEAD = 64
 # Conversations that stand in for a mixture of tasks may come again so often (U).
 MULTITASK_PASSES = 12
+# Of a picture at most: PaliGemma's largest has so many. Stages of larger ones are left out.
+MOST_PATCHES = 4096
 # Positions by which the rows of larger pictures grow are a multiple of this.
 ROW_MULTIPLE = 64
 # Of those that Flamingo's authors ask behind (0, 4, 8, 16 and 32: G), the fewest with pictures.
@@ -78,7 +81,7 @@ def table1(
             f"{refused[0]}'s gated blocks stand between those of an OpenLM decoder, and {scale} is "
             "another one; leave the recipe out"
         )
-    chosen = [known[name] for name in recipes or known if name not in gated]
+    chosen = [_fitting(at, known[name]) for name in recipes or known if name not in gated]
     left_out = [f"{', '.join(gated)}: left out, {_GATED}."] if gated and not recipes else []
     asked = at.asked
     return Study(
@@ -134,10 +137,11 @@ def _shots_note(recipes: Sequence[Recipe], shots: int | None) -> list[str]:
 
 def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | Finetune:
     """The last training stage of a recipe at a scale."""
-    scale = scale.drawn(seed)
+    scale, recipe = scale.drawn(seed), _fitting(scale, recipe)
     seen: Continue | None = None
-    for stage in recipe.image_text:
-        seen = _image_text(scale, recipe, stage, seen, seed)
+    for number, stage in enumerate(recipe.image_text):
+        goes_on = [one.schedule == "continue" for one in recipe.image_text[number + 1 :]]
+        seen = _image_text(scale, recipe, stage, seen, seed, sum(goes_on))
     if recipe.instruct is None:
         assert seen is not None, "a recipe trains something"
         return seen
@@ -158,6 +162,29 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
         changes["rows"] = _rows(scale, recipe, plain.training.rows, seen.model.encoder)
     training = Training(**{**dict(plain.training), **changes})
     return Finetune(start=before, training=training)
+
+
+def _fitting(scale: Scale, recipe: Recipe) -> Recipe:
+    """Without the stages whose pictures have too many patches at a scale; the others share their
+    tokens."""
+    own, side, stages = _own(scale, recipe), 1.0, recipe.image_text
+    kept, sides = list[ImageText](), list[str]()
+    for stage in stages:
+        side *= stage.side
+        size = _image_size(own, side) or own.image_size
+        if at_size(own, size, owned=False).num_patches <= MOST_PATCHES:
+            kept.append(stage)
+        else:
+            sides.append(f"{side:g} x the side")
+    if not sides:
+        return recipe
+    more = sum(one.tokens for one in stages) / sum(one.tokens for one in kept)
+    note = f"the stage on pictures of {', '.join(sides)} is left out, its tokens are the others'"
+    return replace(
+        recipe,
+        image_text=tuple(replace(one, tokens=round(one.tokens * more, 6)) for one in kept),
+        notes=(*recipe.notes, f"{note}: they have more than {MOST_PATCHES:,} patches"),
+    )
 
 
 def words(recipe: Recipe, shots: int | None = SHOTS) -> dict[str, str]:
@@ -232,7 +259,12 @@ def _mixed(stage: ImageText) -> str:
 
 
 def _image_text(
-    scale: Scale, recipe: Recipe, stage: ImageText, before: Continue | None, seed: int
+    scale: Scale,
+    recipe: Recipe,
+    stage: ImageText,
+    before: Continue | None,
+    seed: int,
+    later: int,
 ) -> Continue:
     own = _own(scale, recipe)
     seen = (before.model.encoder if before is not None else None) or own
@@ -259,7 +291,7 @@ def _image_text(
             budget=budget,
             rows=_rows(scale, recipe, scale.rows, shown),
             optimizer=scale.optimizer,
-            schedule=_schedule(scale, stage, before),
+            schedule=_schedule(scale, stage, before, later),
             encoder_rate_factor=stage.encoder_rate,
             freeze_decoder=not stage.trains_decoder,
             lora=recipe.lora,
@@ -291,15 +323,17 @@ def _rows(scale: Scale, recipe: Recipe, rows: Rows, seen: AnyEncoderConfig) -> R
     return rows.model_copy(update={"row_length": length})
 
 
-def _schedule(scale: Scale, stage: ImageText, before: Continue | None) -> AnySchedule:
+def _schedule(scale: Scale, stage: ImageText, before: Continue | None, later: int) -> AnySchedule:
+    """A stage's rate, where so many `later` image-text stages go on with it."""
     # The same number of tokens, whatever the length (paper, Figure 3).
     fraction = min(1.0, scale.rewarm.warmup_fraction / stage.tokens)
     if stage.schedule == "rewarm":
         return scale.rewarm.model_copy(update={"warmup_fraction": fraction})
     if stage.schedule == "plateau":
         return Constant(peak_rate=scale.rewarm.peak_rate, warmup_fraction=fraction)
-    # One that goes on from an image-text stage leaves a rate to go on from in fine-tuning.
-    end = scale.end_rate if before is None else min(scale.finetune_rate, scale.rewarm.peak_rate / 2)
+    # One that goes on from an image-text stage leaves a rate to go on from, at last in fine-tuning.
+    last, peak = min(scale.finetune_rate, scale.rewarm.peak_rate / 2), scale.rewarm.peak_rate
+    end = scale.end_rate if before is None else last + (peak - last) * later / (later + 1)
     return ContinuedCosine(end_rate=end)
 
 
