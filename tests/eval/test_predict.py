@@ -270,6 +270,22 @@ def test_no_more_pictures_are_looked_at_together_than_there_is_room_for(
     assert max(looked) == 4
 
 
+def test_shots_in_a_document_stand_as_pages_have_them(
+    answerer: ModelAnswerer, codec: TextCodec, pictures: list[Path]
+) -> None:
+    one, two = pictures[:2]
+    shown = Shown((one,), (Shot("Which?", "both", (two, one)),), document=True)
+    prompt = answerer._prompt("What is it?", shown, {one: 0, two: 1})
+    assert prompt.head == Part()
+    texts = ["In: Which?\nOut:", " both\n", "In: What is it?\nOut:"]
+    first, reply, last = map(codec.encode, texts)
+    begin, mark = codec.begin_ids, codec.separator
+    assert list(prompt.rest.ids) == [*begin, mark, mark, *first, *reply, mark, *last]
+    start = len(begin)
+    behind = start + 2 + len(first) + len(reply)
+    assert prompt.rest.pictures == ((start, 1), (start + 1, 0), (behind, 0))
+
+
 def test_several_pictures_and_shots_stand_as_in_fine_tuning(
     answerer: ModelAnswerer, codec: TextCodec, pictures: list[Path]
 ) -> None:

@@ -8,7 +8,14 @@ import torch
 
 from midstream.config import AnyEncoderConfig, TransformersDecoderConfig
 from midstream.config.model import FILL_BATCH
-from midstream.data.examples import Example, TextCodec, Turn, asked_example, question_ids
+from midstream.data.examples import (
+    Example,
+    TextCodec,
+    Turn,
+    asked_example,
+    document_prompt,
+    question_ids,
+)
 from midstream.data.images import Encode, decode_pixels
 from midstream.eval.benchmark_records import Shown, all_pictures, places
 from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
@@ -115,8 +122,13 @@ class ModelAnswerer:
             shown = () if image is None else ((len(first), number[image]),)
             return Prompt(Part(first, shown), Part(ids))
         earlier = [_turn(shot.question, shot.pictures, shot.reply) for shot in image.shots]
-        head, asked = asked_example(self.codec, _turn(text, image.pictures), earlier)
         told = [number[path] for shot in image.shots for path in shot.pictures]
+        if image.document:
+            whole = document_prompt(self.codec, _turn(text, image.pictures), earlier)
+            own = [*told, *(number[path] for path in image.pictures)]
+            # As in training: the prefix ends with the first picture's separator.
+            return Prompt(Part(), _part(whole, own), len(self.codec.begin_ids) + 1)
+        head, asked = asked_example(self.codec, _turn(text, image.pictures), earlier)
         # As in training: the prefix ends with what stands before the first reply.
         prefix = int(head.supervised.argmax()) if image.shots else None
         own = [number[path] for path in image.pictures]

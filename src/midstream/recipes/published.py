@@ -124,7 +124,7 @@ def _asked(scale: Scale, recipe: Recipe, shots: int | None) -> Evaluation:
     """The scale's benchmarks, behind shots where nothing taught the recipe how they are asked."""
     if recipe.instruct is not None or shots is None:
         return scale.asked
-    return scale.asked.model_copy(update={"few_shot": FewShot(num_shots=shots)})
+    return scale.asked.model_copy(update={"few_shot": FewShot(num_shots=shots, layout="document")})
 
 
 def _shots_note(recipes: Sequence[Recipe], shots: int | None) -> list[str]:
