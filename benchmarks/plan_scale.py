@@ -56,10 +56,9 @@ class DrawnLengths:
             full[index] = int(self.of(rest).sum())
         return full
 
-    def pieces(self, example: int, row_length: int) -> list[int]:
-        """Whole rows, and what is left."""
-        whole, left = divmod(int(self.of(np.array([example]))[0]), row_length)
-        return [row_length] * whole + [left] * (left > 0)
+    def parts(self, example: int) -> list[int]:
+        """One."""
+        return self.of(np.array([example])).tolist()
 
 
 def drawn(count: int, median: float, spread: float, low: int, high: int) -> DrawnLengths:

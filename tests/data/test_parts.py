@@ -20,7 +20,7 @@ from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.source_writer import Image, ShardWriter, Shown
 from midstream.data.sources import Source, content_hash
 from midstream.data.views import picture_views
-from midstream.order.stream import pieces_of
+from midstream.order.stream import parts_of, pieces_of
 from midstream.train import held_out
 
 PATCHES = 4
@@ -176,13 +176,14 @@ def check_cut(whole: list[Position], at: int) -> None:
 
 def test_a_document_is_cut_between_parts_and_a_longer_text_at_tokens() -> None:
     # Two pictures of five positions with their separators, texts of three and four.
-    assert pieces_of([0, 4], 9, 10, 4) == [8, 9]
-    assert pieces_of([0, 1], 2, 10, 4) == [10]
-    assert pieces_of([0, 1], 2, 9, 4) == [5, 5]
+    assert parts_of([0, 4], 9, 4) == [5, 3, 5, 4]
+    assert pieces_of([5, 3, 5, 4], 10) == [8, 9]
+    assert pieces_of(parts_of([0, 1], 2, 4), 10) == [10]
+    assert pieces_of(parts_of([0, 1], 2, 4), 9) == [5, 5]
     # A text of 25 goes on where its room ends, behind its picture.
-    assert pieces_of([0], 26, 10, 4) == [10, 10, 10]
-    assert pieces_of([], 21, 10, 4) == [10, 10, 1]
-    assert pieces_of([9], 10, 10, 4) == [9, 5]
+    assert pieces_of(parts_of([0], 26, 4), 10) == [10, 10, 10]
+    assert pieces_of(parts_of([], 21, 4), 10) == [10, 10, 1]
+    assert pieces_of(parts_of([9], 10, 4), 10) == [9, 5]
 
 
 def test_two_hundred_pictures_of_one_document_go_through_many_rows(tmp_path: Path) -> None:

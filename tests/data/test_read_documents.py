@@ -520,6 +520,84 @@ def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path
     assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == []
 
 
+def fetched_table(folder: Path, addresses: Sequence[str], name: str = "00002.parquet") -> Path:
+    """img2dataset's Parquet output, three rows a group: a picture of each address, but for one
+    that was not fetched."""
+    rows = [
+        {"key": str(n), "status": "success", "url": url, "jpg": png(n)}
+        for n, url in enumerate(addresses)
+    ]
+    rows.insert(1, {"key": "x", "status": "failed_to_download", "url": f"{A}gone", "jpg": None})
+    folder.mkdir(exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name, row_group_size=3)
+    return folder / name
+
+
+def test_pictures_are_found_in_the_tables_of_img2dataset_by_their_addresses(
+    put: Put, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fetched"
+    path = fetched_table(folder, [f"https://x/{n}" for n in range(6)])
+    # What img2dataset writes beside a tar tells of no further picture.
+    img2dataset(folder, {A: 7}, "00001.tar")
+    parquet.write_table(pyarrow.table({"url": [B], "jpg": [png(8)]}), folder / "00001.parquet")
+    asked = [f"https://x/{n}" for n in (5, 0, 1, 3)] + [A, B, f"{A}gone"]
+    texts = {"texts": ["One.", *[None] * len(asked)], "images": [None, *asked]}
+    options = replace(OPTIONS, images=str(folder))
+    (found,) = read(put("a.jsonl", json.dumps(texts).encode()), options=options)
+    assert shown(found) == ["One.", 5, 0, 1, 3, 7]
+    assert found.left_out == ("missing picture",) * 2
+    # No range of the table's file holds them as they are.
+    assert {picture.file for picture in found.pictures} == {"", str(folder / "00001.tar")}
+    fetched_table(folder, ["https://x/0"])
+    shorter = pytest.raises(ValueError, match=r"00002\.parquet is shorter than when it was indexed")
+    with closing(PicturesByUrl(str(folder))) as pictures, shorter:
+        pictures.load("https://x/5", "here")
+    path.write_bytes(b"PAR1 and nothing else")
+    index_urls(str(folder))
+    with closing(PicturesByUrl(str(folder))) as pictures:
+        assert isinstance(pictures.load(A, "here"), Picture)
+        with pytest.raises(ValueError, match="may be in a damaged"):
+            pictures.load("https://x/5", "here")
+
+
+def test_the_index_of_a_folder_that_cannot_be_written_to_lies_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, caches = tmp_path / "fetched", tmp_path / "caches"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+    img2dataset(folder, {A: 4})
+    with monkeypatch.context() as locked:
+        locked.setattr(os, "access", lambda *_: False)
+        index_urls(str(folder))
+        (place,) = (caches / "midstream").iterdir()
+        first = place.stat()
+        index_urls(str(folder))
+        assert place.stat().st_ino == first.st_ino
+    assert not (folder / INDEX).exists()
+    with closing(PicturesByUrl(str(folder))) as pictures:
+        assert isinstance(pictures.load(A, "here"), Picture)
+    # Once the folder can be written to its own index stands alone.
+    index_urls(str(folder))
+    assert not place.exists()
+    with closing(PicturesByUrl(str(folder))) as pictures:
+        assert pictures.file == folder / INDEX
+        assert isinstance(pictures.load(A, "here"), Picture)
+
+
+def test_documents_of_arxiv_are_told_apart_by_their_whole_names(put: Put) -> None:
+    members = {
+        f"0704.000{n}.{end}": data
+        for n in (1, 2)
+        for end, data in (("json", pdf(f"Text {n}.", None, None)), ("tiff", tiff([n, n + 1])))
+    }
+    found = read(put("arXiv_src_0001_001_wds.tar", tar(members)))
+    assert [[pixels(x) for x in item.pictures] for item in found] == [
+        [pixels(Picture("", 0, png(n + more))) for more in (0, 1)] for n in (1, 2)
+    ]
+    assert [item.texts for item in found] == [("Text 1.",), ("Text 2.",)]
+
+
 def test_a_damaged_tar_among_pictures_is_named_by_the_first_address_that_is_not_found(
     put: Put, tmp_path: Path
 ) -> None:

@@ -122,6 +122,12 @@ def test_shots_are_asked_as_earlier_turns_and_answers_end_at_stop_words(data: Pa
         assert isinstance(shown, Shown)
         assert prompt.startswith("Which ")
         assert (len(shown.shots), len(shown.pictures)) == (4, 1)
+    paged = row_of(
+        data, page := Fake(lambda *_: "one"), few_shot={"num_shots": 4, "layout": "document"}
+    )
+    assert all(isinstance(one[1], Shown) and one[1].document for one in page.asked)
+    drawn = row_of(data, Fake(lambda *_: "one"), few_shot={"num_shots": 4})
+    assert paged["key"] != drawn["key"]
     # Without shots nothing is cut, nothing is read of the pool, and the key is another one.
     plain = row_of(data, Fake(lambda *_: "one\nIn: What next?"))
     assert (plain["score"], plain["shortened"]) == (0.0, None)

@@ -251,6 +251,41 @@ def test_features_of_no_more_pictures_are_kept_than_there_is_room_for(
     assert paths[0] not in answerer._features
 
 
+def test_no_more_pictures_are_looked_at_together_than_there_is_room_for(
+    answerer: ModelAnswerer, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = [Shown((one, other), shared=False) for one in pictures[:5] for other in pictures[:2]]
+    asked = [f"Which {number}?" for number in range(len(seen))]
+    whole = written(answerer, asked, seen)
+    looked, look = list[int](), answerer._look
+
+    def counted(paths: list[Path]) -> torch.Tensor:
+        looked.append(len(paths))
+        return look(paths)
+
+    monkeypatch.setattr(answerer, "_look", counted)
+    monkeypatch.setattr(predict, "_PICTURES_OF_ROW", 1)
+    assert written(answerer, asked, seen) == whole
+    assert len(looked) > 1
+    assert max(looked) == 4
+
+
+def test_shots_in_a_document_stand_as_pages_have_them(
+    answerer: ModelAnswerer, codec: TextCodec, pictures: list[Path]
+) -> None:
+    one, two = pictures[:2]
+    shown = Shown((one,), (Shot("Which?", "both", (two, one)),), document=True)
+    prompt = answerer._prompt("What is it?", shown, {one: 0, two: 1})
+    assert prompt.head == Part()
+    texts = ["In: Which?\nOut:", " both\n", "In: What is it?\nOut:"]
+    first, reply, last = map(codec.encode, texts)
+    begin, mark = codec.begin_ids, codec.separator
+    assert list(prompt.rest.ids) == [*begin, mark, mark, *first, *reply, mark, *last]
+    start = len(begin)
+    behind = start + 2 + len(first) + len(reply)
+    assert prompt.rest.pictures == ((start, 1), (start + 1, 0), (behind, 0))
+
+
 def test_several_pictures_and_shots_stand_as_in_fine_tuning(
     answerer: ModelAnswerer, codec: TextCodec, pictures: list[Path]
 ) -> None:

@@ -250,6 +250,7 @@ def test_refcoco_reads_the_validation_split_alone(tmp_path: Path) -> None:
         ("vsr", "test.jsonl", "train.jsonl"),
         ("textvqa", "TextVQA_0.5.1_val.json", "TextVQA_0.5.1_train.json"),
         ("ocid_ref", OCID, "train_expressions.json"),
+        ("tallyqa", "test.json", "train.json"),
     ],
 )
 def test_shots_are_read_from_the_training_files(
@@ -261,6 +262,15 @@ def test_shots_are_read_from_the_training_files(
         read(name, pool, pictures=False)
     (pool / file).rename(pool / training)
     assert len(read(name, pool, pictures=False)) == READ[name][0]
+
+
+def test_training_questions_of_tallyqa_need_not_be_simple_or_complex(tmp_path: Path) -> None:
+    pool = tmp_path / "tallyqa_train"
+    lay_out(pool, "tallyqa")
+    (pool / "test.json").rename(pool / "train.json")
+    change(pool / "train.json", lambda v: [record.pop("issimple") for record in v[:2]])
+    splits = [example.split for example in read("tallyqa", pool, pictures=False)]
+    assert splits == ["train", "train", "simple"]
 
 
 def test_shots_of_boxes_and_diagrams_are_none_of_those_asked_about(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from midstream.config import Attention, ProjectorConfig, VLMConfig
 from midstream.config.connectors import AveragePool
+from midstream.model import read_prompts
 from midstream.model.generate import choice_logprobs, generate, generate_and_score
 from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vlm import VLM
@@ -118,6 +119,22 @@ def test_shots_are_read_once_for_all_questions_behind_them(kind: Attention) -> N
         generate(vlm, asked, FEATURES, max_new_tokens=1, stop_ids=NO_STOP, batch_size=2)
     # Once in a full batch, then three batches of questions with a picture each.
     assert Counter(read) == {(2, 11 + 2 * WIDTH): 1, (2, 16 + WIDTH): 3}
+
+
+def test_long_prompts_are_read_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = vlm_of("segments")
+    how = {"max_new_tokens": 2, "stop_ids": NO_STOP, "batch_size": 4}
+    asked = [Prompt(Part(), SHOTS.then(Part((30, n, 31), ((0, 4),))), 3) for n in range(5)]
+    short = [Prompt(Part(), Part((30, n))) for n in range(5)]
+    whole = generate_and_score(vlm, asked + short, FEATURES, [[[7, 8]]] * 10, **how)  # type: ignore[arg-type]
+    # Room for two of 16 tokens, three pictures and what follows, or for four of 16 tokens.
+    monkeypatch.setattr(read_prompts, "_BATCH_POSITIONS", 3 * (16 + 3 * WIDTH + 4) - 1)
+    with shapes_read(vlm) as read:
+        found = generate_and_score(vlm, asked + short, FEATURES, [[[7, 8]]] * 10, **how)  # type: ignore[arg-type]
+    assert {shape for shape in read if shape[1] > 4} == {(2, 16 + 3 * WIDTH), (4, 16)}
+    for (said, told), (tokens, scores) in zip(whole, found, strict=True):
+        assert tokens == said
+        assert scores[0][0] == pytest.approx(told[0][0], abs=1e-4)
 
 
 def test_prompts_that_cannot_be_laid_out_are_refused() -> None:

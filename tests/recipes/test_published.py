@@ -67,7 +67,7 @@ UNSEEN = {"projector", "decoder"}
         ("MM1 91:9", [ALL, ALL]),
         ("DeepSeek-VL", [{"projector"}, UNSEEN, ALL]),
         ("Qwen-VL", [{"projector", "encoder"}, ALL, UNSEEN]),
-        ("PaliGemma", [ALL, ALL, ALL]),
+        ("PaliGemma", [ALL, ALL, ALL, ALL]),
         ("Prismatic", [UNSEEN]),
         ("Ours", [UNSEEN, UNSEEN]),
     ],
@@ -110,11 +110,11 @@ def test_every_recipe_with_an_image_text_stage_sees_as_many_image_text_tokens(
 def test_paligemma_goes_on_with_one_schedule_from_its_first_stage_to_its_last(
     pocket: Scale,
 ) -> None:
-    first, second, chat = (stage.training.schedule for stage in chain(pocket, BY_NAME["PaliGemma"]))
+    first, *rest = (stage.training.schedule for stage in chain(pocket, BY_NAME["PaliGemma"]))
     assert isinstance(first, Constant)
-    assert isinstance(second, ContinuedCosine)
-    assert isinstance(chat, ContinuedCosine)
-    assert first.peak_rate > second.end_rate > chat.end_rate == 0.0
+    ends = [one.end_rate for one in rest if isinstance(one, ContinuedCosine)]
+    assert len(ends) == len(rest) == 3
+    assert first.peak_rate > ends[0] > ends[1] > ends[2] == 0.0
     assert {stage.model.attention for stage in chain(pocket, BY_NAME["PaliGemma"])} == {"prefix"}
 
 
@@ -122,8 +122,8 @@ def test_paligemma_goes_on_with_one_schedule_from_its_first_stage_to_its_last(
 def test_a_second_stage_and_all_behind_it_see_pictures_of_twice_the_side(
     pocket: Scale, name: str
 ) -> None:
-    first, second, chat = chain(pocket, BY_NAME[name])
-    small, *large = (stage.model.encoder for stage in (first, second, chat))
+    first, second, *_, chat = chain(pocket, BY_NAME[name])
+    small, *large = (stage.model.encoder for stage in (first, second))
     assert isinstance(small, EncoderConfig)
     assert small.position_size is None
     for encoder in large:
@@ -133,11 +133,29 @@ def test_a_second_stage_and_all_behind_it_see_pictures_of_twice_the_side(
     # As much text has room beside a picture, in a row of a multiple of 64 positions; as many
     # queries look at the larger pictures as at the smaller ones.
     positions = 0 if name == "Qwen-VL" else 27
-    for stage, rows in ((second, pocket.rows), (chat, pocket.finetune_rows)):
+    last = [(chat, pocket.finetune_rows)] if name == "Qwen-VL" else []
+    for stage, rows in ((second, pocket.rows), *last):
         more = stage.training.rows.row_length - rows.row_length
         assert positions <= more < positions + 64
         assert more % 64 == 0
     assert second.model.image_tokens == first.model.image_tokens + positions
+
+
+def test_paligemma_sees_three_sizes_where_the_largest_has_no_more_patches_than_its_own(
+    pocket: Scale,
+) -> None:
+    sides = [stage.model.encoder.image_size for stage in chain(pocket, BY_NAME["PaliGemma"])]  # type: ignore[union-attr]
+    assert sides == [72, 144, 288, 288]
+    large = find_scale("1b")
+    first, second, chat = chain(large, BY_NAME["PaliGemma"])
+    sides = [stage.model.encoder.image_size for stage in (first, second, chat)]  # type: ignore[union-attr]
+    assert sides == [384, 770, 770]
+    budgets = [stage.training.budget.total_tokens for stage in (first, second)]  # type: ignore[union-attr]
+    assert sum(budgets) == pytest.approx(large.image_text_tokens, abs=2)
+    left_out = "stage on pictures of 4 x the side is left out"
+    for scale, told in (("1b", True), ("pocket", False)):
+        notes = table1(scale=scale, recipes=("PaliGemma",), seeds=(7,)).notes
+        assert any(left_out in note for note in notes) == told
 
 
 def test_each_recipe_has_a_connector_of_its_own_kind(pocket: Scale) -> None:
@@ -207,13 +225,31 @@ def test_table_1_can_be_planned_and_its_rates_drawn_at_every_scale(
     assert study.table is not None
     rows = {line.axes["recipe"] for line in study.lines}
     assert study.table.labels.keys() == rows
-    assert all(len(text) == 4 for text in study.table.labels.values())
+    assert all(len(text) == 5 for text in study.table.labels.values())
 
 
 def test_what_stands_in_for_a_recipes_own_is_said() -> None:
     notes = table1(recipes=("Flamingo", "Qwen-VL")).notes
     assert any(note.startswith("Flamingo: it has no videos") for note in notes)
     assert not any("BLIP3" in note for note in notes)
+
+
+def test_a_recipe_that_is_not_fine_tuned_is_asked_behind_shots_and_no_other_is() -> None:
+    asked = {line.axes["recipe"]: line.result.evaluation for line in table1(seeds=(7,)).lines}
+    few = {name: one.few_shot and one.few_shot.num_shots for name, one in asked.items()}
+    assert few.pop("Flamingo") == 4
+    assert set(few.values()) == {None}
+    # The same questions of the same benchmarks.
+    others = {one.model_copy(update={"few_shot": None}).model_dump_json() for one in asked.values()}
+    assert len(others) == 1
+    study = table1(recipes=("Flamingo", "Ours"), seeds=(7,))
+    assert study.table is not None
+    columns = {name: text["asked"] for name, text in study.table.labels.items()}
+    assert columns == {"Flamingo": "behind 4 shots", "Ours": "as it is"}
+    assert any(note.startswith("Flamingo: not fine-tuned, asked behind 4") for note in study.notes)
+    plain = table1(recipes=("Flamingo",), seeds=(7,), shots=None).lines[0].result
+    assert plain.evaluation == asked["Ours"]
+    assert plain.of.identity == study.lines[0].result.of.identity
 
 
 def test_no_two_recipes_are_one_model() -> None:

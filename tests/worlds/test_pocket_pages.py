@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from midstream.config import PocketWorld
+from midstream.config.training import pool_of
 from midstream.data.formats.conversations import conversation_units, read_conversations
 from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.records import DocumentRecord, ReadOptions
@@ -94,10 +95,15 @@ def test_the_benchmarks_and_sources_of_several_pictures_are_read(tmp_path: Path)
     assert groups == {"which", "odd", "at"}
     assert {len(example.pictures) for example in albums.examples} == {2, 3, 4}
 
-    asked, pool = (read_visual_task(tmp_path, name) for name in ("vqav2", "vqav2_train"))
-    assert len(pool.examples) == len(asked.examples) == 12
-    shown = [{example.image.read_bytes() for example in task.examples} for task in (asked, pool)]
-    assert not shown[0] & shown[1]
+    for task in (*TASKS, "nlvr2", "pocket_albums"):
+        asked, pool = (read_visual_task(tmp_path, name) for name in (task, pool_of(task)))
+        assert len(pool.examples) == len(asked.examples) == 12
+        assert (pool.format, pool.chance) == (asked.format, asked.chance)
+        shown = [
+            {path.read_bytes() for example in one.examples for path in example.pictures}
+            for one in (asked, pool)
+        ]
+        assert not shown[0] & shown[1]
 
     options = ReadOptions()
     (unit,) = document_units([str(tmp_path / "documents" / "pages" / "pages.jsonl")], options)

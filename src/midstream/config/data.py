@@ -28,11 +28,13 @@ class PocketWorld(Config):
     `num_alt_texts` pictures come a second time with what a web page would say of them, as a caption
     source of its own (`alt_texts`); `num_pages` documents have several pictures among their text
     (`pages`), `num_albums` conversations are about two to four pictures at once (`albums`), and
-    with albums come benchmarks of several pictures. 0: there is none.
+    with albums come benchmarks of several pictures, and of each benchmark training questions. 0:
+    there is none.
     """
 
-    # Raised when the same settings give other bytes.
+    # Raised when the same settings give other bytes; that of the benchmarks of worlds with albums.
     VERSION: ClassVar[int] = 4
+    ALBUMS_VERSION: ClassVar[int] = 2
     # What of the world each source is made of, beside the seed.
     SOURCES: ClassVar[Mapping[str, str]] = {
         "web": "num_documents",

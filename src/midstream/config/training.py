@@ -135,10 +135,13 @@ class FewShot(Config):
 
     num_shots: how many; 0 is two of them without their pictures (OpenFlamingo's zero shots). draw:
     for each question anew (OpenFlamingo), or once, so that all questions share what is read.
+    layout: turns, as fine-tuning has them, or one document of pictures, questions and answers in
+    lines, as models know them that were not fine-tuned.
     """
 
     num_shots: Annotated[int, Field(ge=0)]
     draw: Literal["each", "once"] = "each"
+    layout: Literal["turns", "document"] = "turns"
     seed: int = 0
 
     @property

@@ -23,7 +23,7 @@ from midstream.config.model import FILL_BATCH, LARGE_TOWER, LEAST_CUT_ROW, MOST_
 from midstream.cost.known import Basis, Facts, Number
 from midstream.order.mixture import Supply, needs_of
 from midstream.order.plan import BLOCK_ROWS, Filled, make_plan, rows_of_all
-from midstream.order.stream import ArrayLengths, pieces_of
+from midstream.order.stream import ArrayLengths, parts_of
 
 Device = Literal["cpu", "cuda"]
 # Of a longer plan so many rows are laid out, of padded and joined ones fewer: their rows are alike.
@@ -225,12 +225,12 @@ class _Spread(ArrayLengths):
         super().__init__(lengths)
         self.images, self.patches = images, patches
 
-    def pieces(self, example: int, row_length: int) -> list[int]:
-        """As `pieces_of` cuts such a document; a text anywhere."""
+    def parts(self, example: int) -> list[int]:
+        """Of such a document; a text is one."""
         images = int(self.images[example])
         tokens = int(self.lengths[example]) - images * self.patches
         places = [tokens * number // images for number in range(images)]
-        return pieces_of(places, tokens, row_length, self.patches)
+        return parts_of(places, tokens, self.patches)
 
 
 @lru_cache(maxsize=256)

@@ -268,6 +268,22 @@ def asked_example(
     return head, Example(asked, np.zeros(len(ids), dtype=np.uint8), tuple(places))
 
 
+def document_prompt(codec: TextCodec, turn: Turn, earlier: Sequence[Turn] = ()) -> Example:
+    """The same as one document: each turn's pictures, its question and its reply in lines of text,
+    and the last question's, whose reply goes on with it."""
+    tokens, pictures = list(codec.begin_ids), list[int]()
+    for one in (*earlier, turn):
+        ids, places = _asked(codec, one)
+        pictures += [len(tokens) + place for place in places]
+        # Here a separator ends a picture alone.
+        tokens += ids[:-1]
+        if one is not turn:
+            tokens += codec.encode(f" {one.reply.strip()}\n")
+    return Example(
+        np.array(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=np.uint8), tuple(pictures)
+    )
+
+
 def conversation_example(
     codec: TextCodec, turns: Sequence[tuple[str, str] | Turn], *, has_image: bool = False
 ) -> Example:

@@ -14,7 +14,7 @@ from midstream.config import Caption, Overflow, Rows, check_picture
 from midstream.core.tokens import num_shown, shown_name
 from midstream.data.columns import Shard
 from midstream.data.sources import Source
-from midstream.order.stream import pieces_of
+from midstream.order.stream import parts_of
 
 # Of such classes follows the sum of squared lengths in rows of any length within some thousandths.
 CLASSES_PER_DOUBLING = 4
@@ -214,11 +214,11 @@ class SourceLengths:
         found = sizes[:, 0] + self.num_patches * sizes[:, 1] - self.excess(examples, captions)
         return found
 
-    def pieces(self, example: int, row_length: int) -> list[int]:
-        """The lengths of the pieces of a document that is longer than a row: `pieces_of`."""
+    def parts(self, example: int) -> list[int]:
+        """The lengths of a document's texts and pictures: `parts_of`."""
         shard, local = self.source.locate(example)
         low, high = shard.offsets[local : local + 2].tolist()
-        return pieces_of(shard.places_of(local), high - low, row_length, self.num_patches)
+        return parts_of(shard.places_of(local), high - low, self.num_patches)
 
     def excess(self, examples: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """int64: positions that are cut off of each example with this caption."""

@@ -24,7 +24,7 @@ from midstream.data.parts import Run, runs_of
 from midstream.data.sources import Source
 from midstream.order.deal import deal_parts
 from midstream.order.mixture import Quota, Supply
-from midstream.order.plan import RowPlan, make_plan
+from midstream.order.plan import Filled, RowPlan, make_plan
 
 EXAMPLES_AT_ONCE = 2**14
 # Of these kinds what does not fit into a row goes on in another.
@@ -172,7 +172,7 @@ def shares_report(
     Of documents, which go on in another row, `cut` says how many `pieces` those make that are cut.
     """
     report: dict[str, dict[str, Any]] = {}
-    for quota in plan.quotas:
+    for number, quota in enumerate(plan.quotas):
         source, examples = sources[quota.name], quota.examples
         if quota.divisible and quota.tokens:
             # The example that the budget ends in counts.
@@ -188,7 +188,9 @@ def shares_report(
             "examples": examples,
             "epochs": quota.tokens / quota.stream.total,
             "largest_example_tokens": largest,
-            "cut": _cut_of(quota) if source.kind != "interleaved" else _pieces_of(quota, largest),
+            "cut": _pieces_of(plan, number, largest)
+            if source.kind == "interleaved"
+            else _cut_of(quota),
         }
     return report
 
@@ -235,17 +237,17 @@ def _cut_of(quota: Quota) -> dict[str, int]:
     return {"examples": number, "tokens": tokens}
 
 
-def _pieces_of(quota: Quota, largest: int) -> dict[str, int]:
+def _pieces_of(plan: RowPlan, source: int, largest: int) -> dict[str, int]:
     """The same of documents, of at most `largest` positions, and how many pieces those that are
     cut make."""
-    lengths, row_length = quota.stream.lengths, quota.row_length
+    quota = plan.quotas[source]
     number = pieces = 0
     # Only where the source has such documents is the plan gone through.
-    for low in range(0, quota.examples if largest > row_length else 0, EXAMPLES_AT_ONCE):
-        taken = quota.stream.places(low, min(low + EXAMPLES_AT_ONCE, quota.examples))
-        long = taken.examples[taken.lengths > row_length].tolist()
-        number += len(long)
-        pieces += sum(len(lengths.pieces(example, row_length)) for example in long)
+    if largest > quota.row_length and isinstance(plan.layout, Filled):
+        for low in range(0, quota.examples, EXAMPLES_AT_ONCE):
+            taken = quota.stream.places(low, min(low + EXAMPLES_AT_ONCE, quota.examples))
+            number += int(np.count_nonzero(taken.lengths > quota.row_length))
+        pieces = plan.layout.num_placed(source) - (quota.examples - number)
     return {"examples": number, "tokens": 0, "pieces": pieces}
 
 

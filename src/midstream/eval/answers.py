@@ -303,7 +303,7 @@ def visual_key(
     shots: Shots | None = None,
 ) -> str:
     """The key of a visual task's result."""
-    fixed = task.format.fixed
+    fixed, few = task.format.fixed, evaluation.few_shot
     # Wrong pictures are drawn by which examples share theirs.
     order = {shown: number for number, shown in enumerate(e.pictures for e in task.examples)}
     return _digest(
@@ -321,6 +321,7 @@ def visual_key(
             for e, prompt in zip(task.examples, prompts, strict=True)
         ],
         *([] if shots is None else [_told(shots, file_digest)]),
+        *(["document"] if few is not None and few.layout == "document" else []),
     )
 
 

@@ -153,8 +153,12 @@ def _run_visual(
         pictures = _pictures(task, how, others)
         before = [()] * len(prompts) if shots is None else shots.before
         rows = zip(task.examples, pictures, before, strict=True)
-        shared = evaluation.few_shot is None or evaluation.few_shot.draw == "once"
-        seen = [example.showing(own, earlier, shared=shared) for example, own, earlier in rows]
+        few = evaluation.few_shot
+        layout = {
+            "shared": few is None or few.draw == "once",
+            "document": few is not None and few.layout == "document",
+        }
+        seen = [example.showing(own, earlier, **layout) for example, own, earlier in rows]
         title = f"{task.name} {how}: " if how else f"{task.name}: "
         answers.progress = _part(progress, index, len(passes), text=title)
         own = [Target()] * len(prompts) if how == "as text" else targets
@@ -182,8 +186,8 @@ def _run_visual(
     if shots is not None:
         told = {"shots": len(shots.before[0]), "pool": shots.pool, "excluded": shots.excluded}
         row["details"] |= {f"few_shot.{key}": float(value) for key, value in told.items()}
-        few = f"behind {len(shots.before[0])} shots"
-        row["shortened"] = ", ".join(filter(None, (row["shortened"], few)))
+        behind = f"behind {len(shots.before[0])} shots"
+        row["shortened"] = ", ".join(filter(None, (row["shortened"], behind)))
     row |= {"wording": wording, "answered": "probability" if passes[0][1] else "text"}
     if out is not None:
         write_predictions(

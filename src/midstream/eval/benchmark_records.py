@@ -229,11 +229,12 @@ class Shot(NamedTuple):
 class Shown(NamedTuple):
     """What a question shows beside a single picture: several, in the order of the image marks in it
     (those that have none stand before it), and the shots before it; whether other questions share
-    these shots."""
+    these shots. `document`: all of it as one document rather than turns."""
 
     pictures: tuple[Path, ...]
     shots: tuple[Shot, ...] = ()
     shared: bool = True
+    document: bool = False
 
 
 def all_pictures(image: Path | Shown | None) -> tuple[Path, ...]:
@@ -294,10 +295,18 @@ class VisualExample:
         return (self.image, *self.more)
 
     def showing(
-        self, pictures: tuple[Path, ...], shots: tuple[Shot, ...] = (), *, shared: bool = True
+        self,
+        pictures: tuple[Path, ...],
+        shots: tuple[Shot, ...] = (),
+        *,
+        shared: bool = True,
+        document: bool = False,
     ) -> Path | Shown:
-        """What is shown where these are its pictures, behind shots, which others may share."""
-        return pictures[0] if len(pictures) == 1 and not shots else Shown(pictures, shots, shared)
+        """What is shown where these are its pictures, behind shots, which others may share, in
+        turns or as a document."""
+        if len(pictures) == 1 and not shots:
+            return pictures[0]
+        return Shown(pictures, shots, shared, document)
 
 
 class Pictures:

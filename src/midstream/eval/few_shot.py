@@ -20,7 +20,7 @@ from midstream.eval.tasks import VISUAL_FORMATS
 # Training questions that shots are drawn from (OpenFlamingo).
 POOL = 2048
 # A written answer behind shots ends where the next turn would begin.
-STOPS = ("\n", "In:", "Out:")
+STOPS = ("\n", "In:", "Out:", "Question:", "question:")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Answers of a model: batched greedy generation and log-likelihoods from text and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,14 @@ import torch
 
 from midstream.config import AnyEncoderConfig, TransformersDecoderConfig
 from midstream.config.model import FILL_BATCH
-from midstream.data.examples import Example, TextCodec, Turn, asked_example, question_ids
+from midstream.data.examples import (
+    Example,
+    TextCodec,
+    Turn,
+    asked_example,
+    document_prompt,
+    question_ids,
+)
 from midstream.data.images import Encode, decode_pixels
 from midstream.eval.benchmark_records import Shown, all_pictures, places
 from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
@@ -25,6 +32,9 @@ from midstream.model.weights import weights_digest
 # Features of pictures that are kept for questions to come: all of a small benchmark's, and not the
 # 136 GB that VQA v2's would be with 729 patches of 1,152 numbers.
 _KEPT_BYTES = 2 * 2**30
+# Pictures that are looked at together, for each prompt of a batch: what asks for one each comes in
+# so many batches (`answers.BATCHES_AT_ONCE`), what stands behind sixteen shots in fewer.
+_PICTURES_OF_ROW = 8
 # lm-evaluation-harness's default for a model that states no longest text.
 _MAX_POSITIONS = 2048
 
@@ -70,23 +80,39 @@ class ModelAnswerer:
         """
         replies = [Reply("", [], None)] * len(prompts)
         for limit in (self.max_new_tokens, 0):
-            own = [i for i, written in enumerate(writes) if written == (limit > 0)]
-            paths = sorted({path for i in own for path in all_pictures(images[i])})
-            number = {path: index for index, path in enumerate(paths)}
-            found = generate_and_score(
-                self.model,
-                [self._prompt(prompts[i], images[i], number) for i in own],
-                self._look(paths) if paths else None,
-                [self._asked(choices[i], golds[i]) for i in own],
-                max_new_tokens=limit,
-                stop_ids=self.codec.stop_ids,
-                batch_size=self.batch_size,
-            )
-            for i, (ids, scores) in zip(own, found, strict=True):
-                values = [value for value, _ in scores]
-                gold = None if golds[i] is None else values.pop()
-                replies[i] = Reply(self.codec.decode(ids).strip(), values, gold)
+            wanted = [i for i, written in enumerate(writes) if written == (limit > 0)]
+            for own, paths in self._parted_by_pictures(wanted, images):
+                number = {path: index for index, path in enumerate(paths)}
+                found = generate_and_score(
+                    self.model,
+                    [self._prompt(prompts[i], images[i], number) for i in own],
+                    self._look(paths) if paths else None,
+                    [self._asked(choices[i], golds[i]) for i in own],
+                    max_new_tokens=limit,
+                    stop_ids=self.codec.stop_ids,
+                    batch_size=self.batch_size,
+                )
+                for i, (ids, scores) in zip(own, found, strict=True):
+                    values = [value for value, _ in scores]
+                    gold = None if golds[i] is None else values.pop()
+                    replies[i] = Reply(self.codec.decode(ids).strip(), values, gold)
         return replies
+
+    def _parted_by_pictures(
+        self, wanted: Sequence[int], images: Images
+    ) -> Iterator[tuple[list[int], list[Path]]]:
+        """The wanted questions, so many at a time that the features of their pictures can be held,
+        and these pictures."""
+        own, paths = list[int](), set[Path]()
+        for i in wanted:
+            more = {*all_pictures(images[i])} - paths
+            if own and len(paths) + len(more) > _PICTURES_OF_ROW * self.batch_size:
+                yield own, sorted(paths)
+                own, paths, more = [], set(), {*all_pictures(images[i])}
+            own.append(i)
+            paths |= more
+        if own:
+            yield own, sorted(paths)
 
     def _prompt(self, text: str, image: Path | Shown | None, number: dict[Path, int]) -> Prompt:
         """A question laid out as in training, its pictures by their numbers."""
@@ -96,8 +122,13 @@ class ModelAnswerer:
             shown = () if image is None else ((len(first), number[image]),)
             return Prompt(Part(first, shown), Part(ids))
         earlier = [_turn(shot.question, shot.pictures, shot.reply) for shot in image.shots]
-        head, asked = asked_example(self.codec, _turn(text, image.pictures), earlier)
         told = [number[path] for shot in image.shots for path in shot.pictures]
+        if image.document:
+            whole = document_prompt(self.codec, _turn(text, image.pictures), earlier)
+            own = [*told, *(number[path] for path in image.pictures)]
+            # As in training: the prefix ends with the first picture's separator.
+            return Prompt(Part(), _part(whole, own), len(self.codec.begin_ids) + 1)
+        head, asked = asked_example(self.codec, _turn(text, image.pictures), earlier)
         # As in training: the prefix ends with what stands before the first reply.
         prefix = int(head.supervised.argmax()) if image.shots else None
         own = [number[path] for path in image.pictures]

@@ -301,18 +301,20 @@ def read_vsr(folder: Path, look: Pictures) -> Asked:
 
 @reader(".")
 def read_tallyqa(folder: Path, look: Pictures) -> Asked:
-    """TallyQA's test questions, simple and complex, as a choice of sixteen counts.
+    """TallyQA's test questions, simple and complex, as a choice of sixteen counts; for shots the
+    training questions, which need not say which they are.
 
     gold: {"index", "choices"}; a count above fifteen is refused.
     """
-    counts = tuple(str(count) for count in range(NUM_COUNTS))
-    for record in records(find_file(folder, "test.json", "*test*.json")):
+    counts, asked_of = tuple(str(count) for count in range(NUM_COUNTS)), split_of(folder, "test")
+    for record in records(find_file(folder, f"{asked_of}.json", f"*{asked_of}*.json")):
         gold = {"index": record.index("answer", NUM_COUNTS), "choices": list(counts)}
         key, simple = record.identifier("question_id"), record.value.get("issimple")
-        if not isinstance(simple, bool):
+        if not isinstance(simple, bool) and (asked_of == "test" or simple is not None):
             record.refuse(f"its 'issimple' is {simple!r}, neither true nor false")
         asked = _with_options(record.text("question"), counts)
-        image, split = look.find(record, record.text("image")), "simple" if simple else "complex"
+        split = "train" if simple is None else "simple" if simple else "complex"
+        image = look.find(record, record.text("image"))
         yield record, VisualExample(key, asked, image, gold, split, choices=counts)
 
 

@@ -91,7 +91,7 @@ def generate_and_score(
     results: list[tuple[list[int], list[tuple[float, bool]]]] = [([], []) for _ in prompts]
     rooms = [max(max_new_tokens, _width(own)) for own in choices]
     for chosen, state in read_prompts(vlm, asked, features, rooms, batch_size, plain=plain):
-        scores = _score(vlm, state, [choices[i] for i in chosen], batch_size)
+        scores = _score(vlm, state, [choices[i] for i in chosen], len(state.held))
         texts = _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling)
         for index, tokens, own in zip(chosen, texts, scores, strict=True):
             results[index] = (tokens, own)

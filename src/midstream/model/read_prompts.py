@@ -28,6 +28,9 @@ _LENGTHS = 16
 # Positions of images that the decoder reads together: four images of 729 patches fill a device, and
 # small ones are read by the batch.
 _IMAGE_POSITIONS = 4 * 729
+# Positions of a batch of several prompts at most, those to come included: room for 64 prompts of a
+# picture of 729, and for five behind sixteen shots with such pictures.
+_BATCH_POSITIONS = 2**16
 
 
 class Part(NamedTuple):
@@ -227,6 +230,11 @@ class _Shape(NamedTuple):
     pictures: int
     room: int
 
+    def positions(self, image_tokens: int) -> int:
+        """Of a prompt and what follows, where a picture takes so many."""
+        tokens, pictures = self.head
+        return tokens + self.length + self.room + (pictures + self.pictures) * image_tokens
+
 
 def read_prompts(
     vlm: VLM,
@@ -240,7 +248,8 @@ def read_prompts(
     """Prompts in batches: their numbers, and a state whose first rows they are, with room for
     `rooms[i]` tokens more. A head is read once, whatever the shapes of those that have it.
 
-    `plain` prompts have no prefix whatever the model's attention.
+    Batches hold `batch_size` prompts, or fewer where these are long (_BATCH_POSITIONS). `plain`
+    prompts have no prefix whatever the model's attention.
     """
     groups: dict[_Shape, list[int]] = {}
     # Of one segment each.
@@ -256,7 +265,7 @@ def read_prompts(
     reader = _Reader(vlm, prompts, features, batch_size, attention)
     for shape, members in sorted(groups.items()):
         if not shape.alone:
-            for chosen in parts_of(members, batch_size):
+            for chosen in parts_of(members, reader.rows_of(shape)):
                 yield chosen, reader.read(chosen, shape, None)
     for size in sorted({shape.head for shape in groups if shape.alone}):
         yield from reader.behind_heads({s: groups[s] for s in groups if s[:2] == (size, True)})
@@ -270,20 +279,31 @@ class _Reader:
     batch_size: int
     attention: Attention
 
+    def rows_of(self, shape: _Shape) -> int:
+        """How many prompts of a shape a batch has; of each batch as many."""
+        return self.rows(shape.positions(self.vlm.config.image_tokens))
+
+    def rows(self, positions: int) -> int:
+        """The same of prompts of so many positions."""
+        return max(1, min(self.batch_size, _BATCH_POSITIONS // positions))
+
     def behind_heads(self, groups: Mapping[_Shape, list[int]]) -> Iterator[tuple[list[int], State]]:
         """Prompts whose heads, all of one size, are read for themselves, before them."""
         head_of = {i: self.prompts[i]._replace(rest=Part()) for own in groups.values() for i in own}
         heads = sorted(set(head_of.values()), key=lambda one: (one.head.pictures, one.head.ids))
-        for part in parts_of(heads, self.batch_size):
+        tokens, pictures_of_head = next(iter(groups)).head
+        width = tokens + pictures_of_head * self.vlm.config.image_tokens
+        for part in parts_of(heads, self.rows(width)):
             cache, pictures, latest = self._read_heads(part)
             row_of = {head: row for row, head in enumerate(part)}
             for shape, members in sorted(groups.items()):
                 asking = (i for i in members if head_of[i] in row_of)
                 about = sorted(asking, key=lambda i: row_of[head_of[i]])
-                for chosen in parts_of(about, self.batch_size):
-                    rows = [row_of[head_of[i]] for i in filled(chosen, self.batch_size)]
-                    taken = shape.pictures * self.vlm.config.image_tokens
-                    more, at = shape.length + taken + shape.room, id_tensor(rows, self.vlm)
+                size = self.rows_of(shape)
+                for chosen in parts_of(about, size):
+                    rows = [row_of[head_of[i]] for i in filled(chosen, size)]
+                    more = shape.positions(self.vlm.config.image_tokens) - width
+                    at = id_tensor(rows, self.vlm)
                     own = cache.select(at, cache.length + more)
                     seen = None if latest is None else latest[at]
                     yield chosen, self.read(chosen, shape, own, pictures[at], seen)
@@ -330,7 +350,7 @@ class _Reader:
         A row is [head, padding, rest]. The mask hides the padding and positions count around it,
         which makes its place free; behind the head it is the same columns for every row.
         """
-        vlm, own = self.vlm, [self.prompts[i] for i in filled(chosen, self.batch_size)]
+        vlm, own = self.vlm, [self.prompts[i] for i in filled(chosen, self.rows_of(shape))]
         rests = [prompt.rest for prompt in own]
         parts = embed_parts(vlm, rests, self.features, shape.length)
         if cache is None and shape.head != (0, 0):

@@ -1,6 +1,6 @@
 """A stage's row plan: row k by its number, in filled, joined or padded rows."""
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -12,14 +12,12 @@ import numpy as np
 
 from midstream.config import Budget, Rows
 from midstream.order.mixture import Quota, Supply, interleaved, quotas_of
-from midstream.order.stream import Kept, Lengths, permuted
+from midstream.order.pack import Items, Packer
+from midstream.order.stream import Kept, permuted, pieces_of
 
 # Rows that are laid out at once.
 BLOCK_ROWS = 1024
 KEPT_BLOCKS = 4
-
-# Each is source, example, start, length and caption, then the column once it is placed.
-Items = list[list[int]]
 
 
 class Placement(NamedTuple):
@@ -39,6 +37,8 @@ class Placement(NamedTuple):
 
 # How full packed rows are made, in thousandths: what is left lets nearly every text stay whole.
 FILL = 997
+# Documents are cut finer where rows would be less full than this, in thousandths.
+LEAST_FULL = 990
 # Plans of up to this many blocks know each block's rows; larger ones give all blocks the same
 # number: that of the fullest of this many and spare ones.
 CHECKED_BLOCKS = 512
@@ -50,8 +50,9 @@ class Filled(Kept):
     """Examples side by side, kept apart by segments, each row as full as its block allows.
 
     A block has about BLOCK_ROWS rows, and their number is fixed when the plan is made. Whole
-    examples go first, each into the fullest row that it fits, documents longer than a row in pieces
-    (`Lengths.pieces`); texts follow likewise, and those that fit nowhere are cut to fill what is
+    examples go first, each into the fullest row that it fits, documents longer than a row in as few
+    pieces as there may be (`pieces_of`), or in more of them where more than a hundredth would stay
+    empty (`Packer.fill`); texts follow likewise, and those that fit nowhere are cut to fill what is
     left.
     """
 
@@ -77,6 +78,11 @@ class Filled(Kept):
         """Whether the documents of the row see each other."""
         return False
 
+    def num_placed(self, source: int) -> int:
+        """The placements of a source in all rows; every block is laid out for it."""
+        rows = (row for block in range(self.num_blocks) for row in self._kept(block))
+        return sum(item[0] == source for row in rows for item in row)
+
     def row(self, index: int) -> list[Placement]:
         """The placements of a row, by column."""
         if self.block_rows:
@@ -98,10 +104,8 @@ class Filled(Kept):
 
     def _pack(self, block: int, num_rows: int | None) -> list[Items]:
         whole, text = self._items(block)
-        packer = Packer(self.row_length)
-        for item in whole[np.argsort(-whole[:, 3], kind="stable")].tolist():
-            packer.add(item)
         tokens = int(whole[:, 3].sum() + text[:, 3].sum())
+        packer = self._pack_whole(whole, tokens)
         room = num_rows or max(len(packer.rows), -(-1000 * tokens // (FILL * self.row_length)), 1)
         if len(packer.rows) > room or tokens > room * self.row_length:
             raise ValueError(
@@ -117,9 +121,22 @@ class Filled(Kept):
             packer.spread(num_rows)
         return packer.rows
 
+    def _pack_whole(self, whole: np.ndarray, tokens: int) -> Packer:
+        """The rows of whole examples, in a block of so many tokens."""
+        long = np.flatnonzero(whole[:, 3] > self.row_length)
+        parts = [self.quotas[n].stream.lengths.parts(one) for n, one in whole[long, :2].tolist()]
+        packer = Packer(self.row_length)
+        packer.add_all(self._in_pieces(whole, long, parts))
+        if len(long) and 1000 * tokens < LEAST_FULL * self.row_length * len(packer.rows):
+            finer = Packer(self.row_length)
+            finer.add_all(np.delete(whole, long, axis=0))
+            finer.fill(whole[long].tolist(), parts)
+            if len(finer.rows) < len(packer.rows):
+                return finer
+        return packer
+
     def _items(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """[items, 5] of Items' columns: whole examples and the pieces of those that are longer than
-        a row, and text cut to rows."""
+        """[items, 5] of Items' columns: whole examples, and text cut to rows."""
         parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
         for number, quota in enumerate(self.quotas):
             found = quota.block(block, self.num_blocks)
@@ -136,17 +153,15 @@ class Filled(Kept):
                 captions = np.zeros_like(examples)
             source = np.full_like(examples, number)
             columns = [source, examples, starts, lengths, captions]
-            items = np.stack(columns, axis=1)
-            if not quota.divisible and (lengths > self.row_length).any():
-                items = self._in_pieces(items, quota.stream.lengths)
-            parts[quota.divisible].append(items)
+            parts[quota.divisible].append(np.stack(columns, axis=1))
         empty = np.zeros((0, 5), dtype=np.int64)
         return np.concatenate([empty, *parts[False]]), np.concatenate([empty, *parts[True]])
 
-    def _in_pieces(self, items: np.ndarray, lengths: Lengths) -> np.ndarray:
-        """Whole examples, those longer than a row in the pieces that `lengths` says."""
-        long = np.flatnonzero(items[:, 3] > self.row_length)
-        pieces = [lengths.pieces(example, self.row_length) for example in items[long, 1].tolist()]
+    def _in_pieces(
+        self, items: np.ndarray, long: np.ndarray, parts: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """Whole examples, the `long` ones in as few pieces of their parts as there may be."""
+        pieces = [pieces_of(one, self.row_length) for one in parts]
         times = np.ones(len(items), dtype=np.int64)
         times[long] = list(map(len, pieces))
         found, first = np.repeat(items, times, axis=0), np.cumsum(times) - times
@@ -155,51 +170,6 @@ class Filled(Kept):
             found[here, 3] = sizes
             found[here, 2] += np.cumsum([0, *sizes[:-1]])
         return found
-
-
-class Packer:
-    """Rows that items (source, example, start, length, caption) are put into."""
-
-    def __init__(self, row_length: int) -> None:
-        self.row_length = row_length
-        self.rows: list[Items] = []
-        # (positions left, row) of the rows that are not full, in ascending order.
-        self._room: list[tuple[int, int]] = []
-
-    def add(self, item: list[int], max_rows: int | None = None) -> bool:
-        """Put an item into the fullest row that it fits, or a new one; False if there is none."""
-        size = item[3]
-        at = bisect_left(self._room, (size, -1))
-        if at < len(self._room):
-            left, row = self._room.pop(at)
-        elif max_rows is None or len(self.rows) < max_rows:
-            left, row = self.row_length, len(self.rows)
-            self.rows.append([])
-        else:
-            return False
-        self.rows[row].append([*item, self.row_length - left])
-        if left > size:
-            insort(self._room, (left - size, row))
-        return True
-
-    def pour(self, items: list[list[int]]) -> None:
-        """Cut items to fill the emptiest rows."""
-        for source, example, start, length, caption in items:
-            while length:
-                left, row = self._room.pop()
-                size = min(left, length)
-                column = self.row_length - left
-                self.rows[row].append([source, example, start, size, caption, column])
-                start, length = start + size, length - size
-                if left > size:
-                    insort(self._room, (left - size, row))
-
-    def spread(self, num_rows: int) -> None:
-        """Bring the rows to their fixed number: from those with the most items, one each."""
-        while len(self.rows) < num_rows:
-            fullest = max(range(len(self.rows)), key=lambda row: len(self.rows[row]))
-            many = len(self.rows[fullest]) > 1
-            self.rows.append([[*self.rows[fullest].pop()[:-1], 0]] if many else [])
 
 
 def _rows_for_all(needed: Sequence[int]) -> int:

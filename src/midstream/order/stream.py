@@ -50,8 +50,9 @@ class Lengths(Protocol):
         A draw stands for all examples of its chunk.
         """
 
-    def pieces(self, example: int, row_length: int) -> list[int]:
-        """What an example that is longer than a row is cut into: lengths of at most a row each."""
+    def parts(self, example: int) -> list[int]:
+        """The lengths of the parts that an example which is longer than a row is cut between; only
+        a part that is longer than a row is cut itself."""
 
 
 class ArrayLengths:
@@ -86,27 +87,26 @@ class ArrayLengths:
         found: np.ndarray = self._before[ends] - self._before[chunks * size]
         return found
 
-    def pieces(self, example: int, row_length: int) -> list[int]:
-        """Whole rows, and what is left."""
-        whole, left = divmod(int(self.lengths[example]), row_length)
-        return [row_length] * whole + [left] * (left > 0)
+    def parts(self, example: int) -> list[int]:
+        """One."""
+        return [int(self.lengths[example])]
 
 
-def pieces_of(
-    places: Sequence[int], num_tokens: int, row_length: int, num_patches: int
-) -> list[int]:
-    """The lengths of the pieces that a document is cut into, each at most a row.
-
-    It is cut between its parts: texts, and pictures with their separator. A text that is longer
-    than a row goes on where its room ends; no picture is.
-    """
-    # Before each picture its text, which there may be none of.
+def parts_of(places: Sequence[int], num_tokens: int, num_patches: int) -> list[int]:
+    """The lengths of a document's parts: texts, and pictures with their separator."""
     parts, at = list[int](), 0
     for place in places:
+        # Before each picture its text, which there may be none of.
         parts += [place - at, num_patches + 1]
         at = place + 1
+    return [part for part in [*parts, num_tokens - at] if part]
+
+
+def pieces_of(parts: Sequence[int], row_length: int) -> list[int]:
+    """The lengths of the fewest pieces, each at most a row, that parts are cut into; one that is
+    longer than a row begins in what is left of a piece."""
     pieces = [0]
-    for part in [*parts, num_tokens - at]:
+    for part in parts:
         if part > row_length:
             part -= (room := row_length - pieces[-1])
             pieces[-1] += room

@@ -4,6 +4,7 @@ Each recipe over the language model, encoder and data of one scale.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import isqrt
 from typing import Unpack
@@ -15,6 +16,8 @@ from midstream.config import (
     Constant,
     ContinuedCosine,
     DecoderConfig,
+    Evaluation,
+    FewShot,
     FusedEncoder,
     GatedBlocks,
     PatchProjection,
@@ -34,9 +37,14 @@ LEAST_FEATURES = 4
 RESAMPLER_HEAD = 64
 # Conversations that stand in for a mixture of tasks may come again so often (U).
 MULTITASK_PASSES = 12
+# Of a picture at most: PaliGemma's largest has so many. Stages of larger ones are left out.
+MOST_PATCHES = 4096
 # Positions by which the rows of larger pictures grow are a multiple of this.
 ROW_MULTIPLE = 64
+# Of those that Flamingo's authors ask behind (0, 4, 8, 16 and 32: G), the fewest with pictures.
+SHOTS = 4
 STAGES, TRAINED, MIXTURE, SCHEDULE = "stages", "trained", "image-text mixture", "schedule"
+ASKED = "asked"
 
 
 def table1(
@@ -46,14 +54,16 @@ def table1(
     recipes: Sequence[str] = (),
     shrink: float = 1.0,
     lora_rank: int | None = None,
+    shots: int | None = SHOTS,
     **given: Unpack[Settings],
 ) -> Study:
     """Table 1's recipes trained at one scale, side by side.
 
     `recipes` picks some by their name (all without it); `epochs` are those of fine-tuning.
-    `lora_rank` gives IDEFICS its adapters, of this rank, where peft is installed. The other
-    settings are those of the paper's studies (`scales.Settings`). Raises ValueError that lists the
-    recipes for a name that is none.
+    `lora_rank` gives IDEFICS its adapters, of this rank, where peft is installed. A recipe that is
+    not fine-tuned is asked behind `shots` (None: as the others). The other settings are those of
+    the paper's studies (`scales.Settings`). Raises ValueError that lists the recipes for a name
+    that is none.
     """
     at = find_scale(scale, shrink, **given)
     # With documents among its sources, and benchmarks of several pictures.
@@ -71,7 +81,7 @@ def table1(
             f"{refused[0]}'s gated blocks stand between those of an OpenLM decoder, and {scale} is "
             "another one; leave the recipe out"
         )
-    chosen = [known[name] for name in recipes or known if name not in gated]
+    chosen = [_fitting(at, known[name]) for name in recipes or known if name not in gated]
     left_out = [f"{', '.join(gated)}: left out, {_GATED}."] if gated and not recipes else []
     asked = at.asked
     return Study(
@@ -81,7 +91,9 @@ def table1(
             Line(
                 name=f"{recipe.name}, seed {seed}",
                 axes={"recipe": recipe.name, "seed": seed},
-                result=Evaluate(of=trained(at, recipe, seed, epochs), evaluation=asked),
+                result=Evaluate(
+                    of=trained(at, recipe, seed, epochs), evaluation=_asked(at, recipe, shots)
+                ),
             )
             for recipe, seed in product(chosen, seeds or at.seeds)
         ),
@@ -91,13 +103,14 @@ def table1(
             rows="recipe",
             scores=("stable.vision", "stable.text", *asked.visual_tasks, *asked.text_tasks),
             source="recipes: paper, Table 1",
-            labels={recipe.name: words(recipe) for recipe in chosen},
+            labels={recipe.name: words(recipe, shots) for recipe in chosen},
         ),
         notes=(
             *at.notes,
             "Every recipe has this scale's language model, captions, documents and conversations, "
             "and all but DeepSeek-VL one encoder.",
             *left_out,
+            *_shots_note(chosen, shots),
             *_notes(chosen),
         ),
         text_rates=at.text_rates,
@@ -107,12 +120,28 @@ def table1(
 _GATED = "since gated blocks stand between those of an OpenLM decoder alone"
 
 
+def _asked(scale: Scale, recipe: Recipe, shots: int | None) -> Evaluation:
+    """The scale's benchmarks, behind shots where nothing taught the recipe how they are asked."""
+    if recipe.instruct is not None or shots is None:
+        return scale.asked
+    return scale.asked.model_copy(update={"few_shot": FewShot(num_shots=shots, layout="document")})
+
+
+def _shots_note(recipes: Sequence[Recipe], shots: int | None) -> list[str]:
+    names = [recipe.name for recipe in recipes if recipe.instruct is None]
+    if not names:
+        return []
+    how = "without shots" if shots is None else f"behind {shots} training questions with answers"
+    return [f"{', '.join(names)}: not fine-tuned, asked {how}; the others are asked as fine-tuned."]
+
+
 def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | Finetune:
     """The last training stage of a recipe at a scale."""
-    scale = scale.drawn(seed)
+    scale, recipe = scale.drawn(seed), _fitting(scale, recipe)
     seen: Continue | None = None
-    for stage in recipe.image_text:
-        seen = _image_text(scale, recipe, stage, seen, seed)
+    for number, stage in enumerate(recipe.image_text):
+        goes_on = [one.schedule == "continue" for one in recipe.image_text[number + 1 :]]
+        seen = _image_text(scale, recipe, stage, seen, seed, sum(goes_on))
     if recipe.instruct is None:
         assert seen is not None, "a recipe trains something"
         return seen
@@ -135,8 +164,32 @@ def trained(scale: Scale, recipe: Recipe, seed: int, epochs: int) -> Continue | 
     return Finetune(start=before, training=training)
 
 
-def words(recipe: Recipe) -> dict[str, str]:
-    """A recipe's stages, what each trains, its mixtures and schedules, as the table's columns."""
+def _fitting(scale: Scale, recipe: Recipe) -> Recipe:
+    """Without the stages whose pictures have too many patches at a scale; the others share their
+    tokens."""
+    own, side, stages = _own(scale, recipe), 1.0, recipe.image_text
+    kept, sides = list[ImageText](), list[str]()
+    for stage in stages:
+        side *= stage.side
+        size = _image_size(own, side) or own.image_size
+        if at_size(own, size, owned=False).num_patches <= MOST_PATCHES:
+            kept.append(stage)
+        else:
+            sides.append(f"{side:g} x the side")
+    if not sides:
+        return recipe
+    more = sum(one.tokens for one in stages) / sum(one.tokens for one in kept)
+    note = f"the stage on pictures of {', '.join(sides)} is left out, its tokens are the others'"
+    return replace(
+        recipe,
+        image_text=tuple(replace(one, tokens=round(one.tokens * more, 6)) for one in kept),
+        notes=(*recipe.notes, f"{note}: they have more than {MOST_PATCHES:,} patches"),
+    )
+
+
+def words(recipe: Recipe, shots: int | None = SHOTS) -> dict[str, str]:
+    """A recipe's stages, what each trains, its mixtures and schedules and how it is asked, as the
+    table's columns."""
     seen, chat = recipe.image_text, recipe.instruct
     stages = [f"text {recipe.completion:.0%}", *map(_stage_words, seen)]
     learns = [_parts(recipe, stage.encoder_rate, stage.trains_decoder) for stage in seen]
@@ -150,6 +203,7 @@ def words(recipe: Recipe) -> dict[str, str]:
         TRAINED: "; ".join(learns),
         MIXTURE: "; ".join(_mixed(stage) for stage in seen) or "none",
         SCHEDULE: "; ".join(how),
+        ASKED: "as it is" if chat is not None or shots is None else f"behind {shots} shots",
     }
 
 
@@ -205,7 +259,12 @@ def _mixed(stage: ImageText) -> str:
 
 
 def _image_text(
-    scale: Scale, recipe: Recipe, stage: ImageText, before: Continue | None, seed: int
+    scale: Scale,
+    recipe: Recipe,
+    stage: ImageText,
+    before: Continue | None,
+    seed: int,
+    later: int,
 ) -> Continue:
     own = _own(scale, recipe)
     seen = (before.model.encoder if before is not None else None) or own
@@ -232,7 +291,7 @@ def _image_text(
             budget=budget,
             rows=_rows(scale, recipe, scale.rows, shown),
             optimizer=scale.optimizer,
-            schedule=_schedule(scale, stage, before),
+            schedule=_schedule(scale, stage, before, later),
             encoder_rate_factor=stage.encoder_rate,
             freeze_decoder=not stage.trains_decoder,
             lora=recipe.lora,
@@ -264,15 +323,17 @@ def _rows(scale: Scale, recipe: Recipe, rows: Rows, seen: AnyEncoderConfig) -> R
     return rows.model_copy(update={"row_length": length})
 
 
-def _schedule(scale: Scale, stage: ImageText, before: Continue | None) -> AnySchedule:
+def _schedule(scale: Scale, stage: ImageText, before: Continue | None, later: int) -> AnySchedule:
+    """A stage's rate, where so many `later` image-text stages go on with it."""
     # The same number of tokens, whatever the length (paper, Figure 3).
     fraction = min(1.0, scale.rewarm.warmup_fraction / stage.tokens)
     if stage.schedule == "rewarm":
         return scale.rewarm.model_copy(update={"warmup_fraction": fraction})
     if stage.schedule == "plateau":
         return Constant(peak_rate=scale.rewarm.peak_rate, warmup_fraction=fraction)
-    # One that goes on from an image-text stage leaves a rate to go on from in fine-tuning.
-    end = scale.end_rate if before is None else min(scale.finetune_rate, scale.rewarm.peak_rate / 2)
+    # One that goes on from an image-text stage leaves a rate to go on from, at last in fine-tuning.
+    last, peak = min(scale.finetune_rate, scale.rewarm.peak_rate / 2), scale.rewarm.peak_rate
+    end = scale.end_rate if before is None else last + (peak - last) * later / (later + 1)
     return ContinuedCosine(end_rate=end)
 
 

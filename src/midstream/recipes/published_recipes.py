@@ -106,8 +106,12 @@ def with_adapters(recipe: Recipe, rank: int) -> Recipe:
     return replace(recipe, lora=LoRA(rank=rank, alpha=rank), notes=(*notes, more))
 
 
-# Tokens, schedule and pictures of its two stages.
-_PALIGEMMA: tuple[tuple[float, Rates, float], ...] = ((0.8, "plateau", 1.0), (0.2, "continue", 2.0))
+# Tokens, schedule and pictures of its three stages.
+_PALIGEMMA: tuple[tuple[float, Rates, float], ...] = (
+    (0.76, "plateau", 1.0),
+    (0.15, "continue", 2.0),
+    (0.09, "continue", 2.0),
+)
 # Table 1 in its order, MM1 once for each of its ratios of image-text to text.
 RECIPES = (
     # xGen-MM. Encoder frozen, sampler and language model trained (G). A perceiver's resampler (K:
@@ -189,9 +193,9 @@ RECIPES = (
     ),
     # Nothing frozen, a linear projector, full attention among picture and prompt; a billion
     # examples of 224 pixels, then 50 million of 448 and 10 million of 896 (K: reports on arXiv
-    # 2407.07726). A picture has 256, 1,024 or 4,096 tokens (K); with 128 or 512 of text (G) the
-    # second stage has a sixth of the tokens of both (I; with the third, which is left out, a
-    # quarter): a fifth here. One rate for all (G). Where its rates end is U.
+    # 2407.07726). A picture has 256, 1,024 or 4,096 tokens (K); with 128, 512 and 512 of text (G)
+    # the stages have .76, .15 and .09 of all tokens (I). One rate for all (G). Where its rates end
+    # is U.
     Recipe(
         name="PaliGemma",
         source="Beyer et al., 2024, arXiv 2407.07726",
@@ -206,7 +210,6 @@ RECIPES = (
         connector=Connector("linear"),
         notes=(
             MULTITASK,
-            "its third size of pictures, four times the side of the first, is left out",
             "the encoder's rate is not warmed up more slowly than that of the rest",
         ),
     ),

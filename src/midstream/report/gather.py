@@ -1,5 +1,6 @@
 """All that a report of one study says: as values before anything is drawn, as CSV and LaTeX."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,13 +252,20 @@ def gather(study: Study, ledger: Ledger) -> Facts:
 
 
 def shortened(facts: Facts) -> dict[str, str]:
-    """Why a task is not whole in some of the results, by task."""
-    found: dict[str, str] = {}
-    for result in facts.study.results:
-        if facts.ledger.is_done(result):
-            tasks = facts.ledger.result(result, EvaluationResult).tasks
-            found |= {name: task.shortened for name, task in tasks.items() if task.shortened}
-    return found
+    """Why a task is not whole in the results, by task, and in how many where not in all."""
+    found: dict[str, Counter[str | None]] = {}
+    for result in filter(facts.ledger.is_done, facts.study.results):
+        for name, task in facts.ledger.result(result, EvaluationResult).tasks.items():
+            found.setdefault(name, Counter())[task.shortened] += 1
+    return {
+        name: "; ".join(
+            why if len(told) == 1 else f"{why} in {number} of {told.total()}"
+            for why, number in told.items()
+            if why
+        )
+        for name, told in found.items()
+        if any(told)
+    }
 
 
 def answer(

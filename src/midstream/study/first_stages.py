@@ -91,6 +91,8 @@ class PrepareWorld(StageBase):
         fields = super().identity_fields
         if isinstance(self.world, PocketWorld):
             fields["version"] = self.world.VERSION
+            if self.world.num_albums:
+                fields["albums"] = self.world.ALBUMS_VERSION
         return fields
 
     @property

@@ -1,7 +1,4 @@
-"""The pocket world's benchmarks, and its shards and benchmarks as official files.
-
-Answers are chosen first, as evenly as possible over each question; a scene is made for each.
-"""
+"""The pocket world's shards and benchmarks as official files."""
 
 import io
 import json
@@ -9,219 +6,19 @@ import pickle
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from midstream.config import PocketWorld
 from midstream.config.training import pool_of
 from midstream.core.identity import GROUPS_FILE
 from midstream.core.storage import write_bytes
-from midstream.core.tokens import apportion
-from midstream.worlds.pocket_language import (
-    COUNTS,
-    QUESTIONS,
-    Question,
-    answer,
-    neighbour_cell,
-    plan_answer,
-    referent,
-)
-from midstream.worlds.pocket_scenes import (
-    COLORS,
-    CONCEPTS,
-    FREQUENCIES,
-    IMAGE_SIZE,
-    PAIRS,
-    RELATIONS,
-    SHAPES,
-    WORDS,
-    Frequency,
-    Plan,
-    Scene,
-    below,
-    draw_jpeg,
-    frequency,
-    generator,
-    pick,
-    sample_scene,
-    shuffled,
-)
+from midstream.worlds.pocket_items import Item, open_items, pope_items, where_items
+from midstream.worlds.pocket_language import referent
+from midstream.worlds.pocket_scenes import IMAGE_SIZE, SHAPES, Scene, draw_jpeg, generator
 
 POPE_FILES = ("random", "popular", "adversarial")
-VQA_SHARES = {"color": 0.3, "shape": 0.15, "shape_at": 0.15, "count": 0.2, "exists": 0.2}
-VQA_ANSWERS: dict[str, tuple[str, ...]] = {
-    "color": tuple(COLORS),
-    "shape": SHAPES,
-    "shape_at": SHAPES,
-    "count": COUNTS,
-    "exists": ("yes", "no"),
-}
-
-
-@dataclass(frozen=True)
-class Item:
-    """A scene, a question on it and the answer."""
-
-    scene: Scene
-    question: Question
-    answer: str
-
-    @property
-    def group(self) -> Frequency:
-        """How often conversations show the rarest concept of the question and its answer."""
-        words = f"{self.question.text} {self.answer}".replace("?", " ").split()
-        found = {frequency(word) for word in words if word in CONCEPTS}
-        return max(found, key=FREQUENCIES.index, default="common")
-
-
-def balanced(
-    rng: np.random.Generator, questions: Sequence[Question], answers: Sequence[str], count: int
-) -> list[tuple[Question, str]]:
-    """`count` (question, answer) pairs in random order.
-
-    Questions are as frequent as each other within one, and so are the answers of each question.
-    """
-    questions, answers, pairs = shuffled(rng, questions), shuffled(rng, answers), []
-    for index in range(count):
-        rounds, place = divmod(index, len(questions))
-        pairs.append((questions[place], answers[(place + rounds) % len(answers)]))
-    return shuffled(rng, pairs)
-
-
-def scene_with(
-    rng: np.random.Generator,
-    plan: Callable[[], Plan],
-    accept: Callable[[Scene], bool],
-    *,
-    splits: Sequence[str],
-    num_things: tuple[int, int] = (1, 4),
-    words: Sequence[str | None] | None = None,
-) -> Scene:
-    """A scene of one of the splits that follows a plan (made anew each try) and is accepted."""
-    for _ in range(100_000):
-        planned = plan()
-        low = max(num_things[0], len(planned.pairs))
-        size = low + below(rng, num_things[1] - low + 1)
-        scene = sample_scene(rng, planned, num_things=size, words=words)
-        if scene.split in splits and accept(scene):
-            return scene
-    raise AssertionError(f"no scene of {splits} follows the plan {planned}")
-
-
-def has_answer(question: Question, gold: str, scene: Scene) -> bool:
-    """Whether `gold` is the answer to the question on the scene."""
-    return answer(scene, question) == gold
-
-
-def open_items(world: PocketWorld, task: str, training: bool = False) -> list[Item]:
-    """The items of vqav2, gqa or textvqa; `training`: of scenes that captions may show."""
-    rng, count = generator(world.seed, pool_of(task) if training else task), world.num_questions
-    pairs: list[tuple[Question, str]] = []
-    if task == "vqav2":
-        for kind, share in apportion(count, VQA_SHARES).items():
-            pairs += balanced(rng, QUESTIONS[kind], VQA_ANSWERS[kind], share)
-    elif task == "gqa":
-        pairs += balanced(rng, QUESTIONS["relation_color"], tuple(COLORS), count - count // 2)
-        pairs += balanced(rng, QUESTIONS["relation_shape"], SHAPES, count // 2)
-    else:
-        assert task == "textvqa", task
-        pairs += balanced(rng, QUESTIONS["word"], WORDS, count)
-    items = []
-    for question, gold in shuffled(rng, pairs):
-        scene = scene_with(
-            rng,
-            partial(plan_answer, rng, question, gold),
-            partial(has_answer, question, gold),
-            splits=("captions",) if training else (task,),
-            words=(gold,) if task == "textvqa" else None,
-        )
-        items.append(Item(scene, question, gold))
-    return items
-
-
-def pope_items(world: PocketWorld, file: str, popular: Sequence[str]) -> list[Item]:
-    """The items of one of POPE's files: a third of `num_questions`, half of them yes.
-
-    random asks about any shape, popular about `popular` ones, adversarial about any where three or
-    four things are.
-    """
-    rng = generator(world.seed, f"pope {file}")
-    count = max(2, 2 * (world.num_questions // 6))
-    asked = popular if file == "popular" else SHAPES
-    questions = [Question("exists", (shape,)) for shape in asked]
-    items = []
-    for question, gold in balanced(rng, questions, ("yes", "no"), count):
-        scene = scene_with(
-            rng,
-            partial(plan_answer, rng, question, gold),
-            partial(has_answer, question, gold),
-            splits=("pope",),
-            # As many things under either answer.
-            num_things=(3, 4) if file == "adversarial" else (1, 4),
-        )
-        items.append(Item(scene, question, gold))
-    return items
-
-
-def where_items(world: PocketWorld, task: str) -> list[Item]:
-    """The items of refcoco (by colour and shape) or ocid_ref (cluttered; by neighbour or size)."""
-    rng, count = generator(world.seed, task), world.num_questions
-    cells = tuple(str(cell) for cell in range(9))
-    pairs: list[tuple[Question, str]] = []
-    if task == "refcoco":
-        pairs += balanced(rng, QUESTIONS["where_pair"], cells, count)
-    else:
-        pairs += balanced(rng, QUESTIONS["where_size"], cells, count // 2)
-        parts = apportion(count - count // 2, dict.fromkeys(RELATIONS, 0.25))
-        for relation, share in parts.items():
-            targets = {neighbour_cell(int(cell), relation) for cell in cells} - {None}
-            shapes = [Question("where_relation", (s, relation)) for s in SHAPES]
-            places = sorted(str(cell) for cell in targets)
-            for question, cell in balanced(rng, shapes, places, share):
-                pairs.append((Question("where_relation", question.about + pick(rng, PAIRS)), cell))
-    items = []
-    for question, cell in shuffled(rng, pairs):
-        scene = scene_with(
-            rng,
-            partial(plan_place, rng, question, int(cell)),
-            partial(_refers_into, question, int(cell)),
-            splits=(task,),
-            num_things=(1, 4) if task == "refcoco" else (4, 6),
-        )
-        gold = answer(scene, question)
-        assert gold is not None
-        items.append(Item(scene, question, gold))
-    return items
-
-
-def _refers_into(question: Question, cell: int, scene: Scene) -> bool:
-    thing = referent(scene, question)
-    return thing is not None and thing.cell == cell
-
-
-def plan_place(rng: np.random.Generator, question: Question, cell: int) -> Plan:
-    """Puts what a "where" question refers to into `cell`, and something alike elsewhere."""
-    about = question.about
-    if question.kind == "where_pair":
-        return Plan([(about[0], about[1])], [cell])
-    colors = shuffled(rng, tuple(COLORS))
-    if question.kind == "where_size":
-        other = "small" if about[0] == "large" else "large"
-        return Plan([(colors[0], about[1]), (colors[1], about[1])], [cell], [about[0], other])
-    shape, relation, color, anchor_shape = about
-    back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-    anchor = neighbour_cell(cell, back[relation])
-    assert anchor is not None
-    left = [c for c in colors if (c, shape) != (color, anchor_shape)]
-    # A second thing of the shape, so that the shape alone does not tell which one is meant.
-    return Plan([(color, anchor_shape), (left[0], shape), (left[1], shape)], [anchor, cell])
-
-
 VQA_TYPES = {
     "color": ("what color is the", "other"),
     "shape": ("what shape is the", "other"),
@@ -234,6 +31,8 @@ NUM_POPULAR = 6
 # OCID-Ref's clutter levels are ranges of take_id: up to 9, 16 and 20.
 TAKES = {4: (1, 9), 5: (10, 16), 6: (17, 20)}
 SAMPLES_A_SHARD = 1_000
+# A task's folder: its own name, or `pool_of` it.
+Named = Callable[[str], str]
 # The files of one picture in a shard: names and bytes.
 Sample = Iterator[tuple[str, bytes]]
 
@@ -261,14 +60,22 @@ def write_shards(samples: Iterator[Sample], number: int, folder: Path) -> None:
                 shard.addfile(header, io.BytesIO(data))
 
 
-def write_benchmarks(world: PocketWorld, captioned: Sequence[Scene], folder: Path) -> None:
-    """Write the six benchmarks; "popular" things are those frequent in the `captioned` scenes."""
-    write_vqav2(world, folder / "vqav2")
-    _write_gqa(world, folder / "gqa")
-    _write_textvqa(world, folder / "textvqa")
-    _write_pope(world, captioned, folder / "pope")
-    _write_refcoco(world, folder / "refcoco")
-    _write_ocid_ref(world, folder / "ocid_ref")
+def write_benchmarks(
+    world: PocketWorld, captioned: Sequence[Scene], folder: Path, named: Named = str
+) -> None:
+    """Write the six benchmarks in folders as they are `named`, by `pool_of` their training
+    questions; "popular" things are those frequent in the `captioned` scenes."""
+    _write_vqav2(world, folder / named("vqav2"))
+    _write_gqa(world, folder / named("gqa"))
+    _write_textvqa(world, folder / named("textvqa"))
+    _write_pope(world, captioned, folder / named("pope"))
+    _write_refcoco(world, folder / named("refcoco"))
+    _write_ocid_ref(world, folder / named("ocid_ref"))
+
+
+def is_pool(folder: Path) -> bool:
+    """Whether a folder is for training questions."""
+    return folder.name.endswith(pool_of(""))
 
 
 def _write_pictures(
@@ -313,9 +120,8 @@ def write_vqa(
     write(folder / "v2_mscoco_val2014_annotations.json", head | {"annotations": annotations})
 
 
-def write_vqav2(world: PocketWorld, folder: Path, training: bool = False) -> None:
-    """Write VQAv2's validation or training questions."""
-    items = open_items(world, "vqav2", training)
+def _write_vqav2(world: PocketWorld, folder: Path) -> None:
+    items = open_items(world, "vqav2", is_pool(folder))
     ids = [{"image_id": n, "question_id": 1000 * n} for n in range(1, len(items) + 1)]
     rows = [
         (mine, item.question.text, *VQA_TYPES[item.question.kind], item.answer)
@@ -327,7 +133,7 @@ def write_vqav2(world: PocketWorld, folder: Path, training: bool = False) -> Non
 
 
 def _write_gqa(world: PocketWorld, folder: Path) -> None:
-    items, questions = open_items(world, "gqa"), {}
+    items, questions = open_items(world, "gqa", is_pool(folder)), {}
     for index, item in enumerate(items):
         subject = item.question.text.removesuffix("?").split(" is ", 1)[1]
         article = "a " if item.question.kind == "relation_shape" else ""
@@ -345,13 +151,15 @@ def _write_gqa(world: PocketWorld, folder: Path) -> None:
             "semantic": [],
             "semanticStr": "",
         }
-    write_json(folder / "testdev_balanced_questions.json", questions)
+    split = "train" if is_pool(folder) else "testdev"
+    write_json(folder / f"{split}_balanced_questions.json", questions)
     names = {key: f"images/{asked['imageId']}.jpg" for key, asked in questions.items()}
     _write_pictures(world, folder, items, names)
 
 
 def _write_textvqa(world: PocketWorld, folder: Path) -> None:
-    items = open_items(world, "textvqa")
+    items = open_items(world, "textvqa", is_pool(folder))
+    split = "train" if is_pool(folder) else "val"
     data = [
         {
             "question_id": 34_602 + index,
@@ -362,12 +170,12 @@ def _write_textvqa(world: PocketWorld, folder: Path) -> None:
             "image_classes": ["Drawing"],
             "image_width": IMAGE_SIZE,
             "image_height": IMAGE_SIZE,
-            "set_name": "val",
+            "set_name": split,
         }
         for index, item in enumerate(items)
     ]
-    head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
-    write_json(folder / "TextVQA_0.5.1_val.json", head | {"data": data})
+    head = {"dataset_type": split, "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+    write_json(folder / f"TextVQA_0.5.1_{split}.json", head | {"data": data})
     names = {one["question_id"]: f"train_images/{one['image_id']}.jpg" for one in data}
     _write_pictures(world, folder, items, names)
 
@@ -378,7 +186,8 @@ def _write_pope(world: PocketWorld, captioned: Sequence[Scene], folder: Path) ->
     everything, names = [], {}
     for file in POPE_FILES:
         lines = []
-        for number, item in enumerate(pope_items(world, file, popular), start=1):
+        items = pope_items(world, file, popular, is_pool(folder))
+        for number, item in enumerate(items, start=1):
             everything.append(item)
             image = f"COCO_val2014_{len(everything):012d}.jpg"
             names[f"{file}-{number}"] = f"val2014/{image}"
@@ -389,7 +198,7 @@ def _write_pope(world: PocketWorld, captioned: Sequence[Scene], folder: Path) ->
 
 
 def _write_refcoco(world: PocketWorld, folder: Path) -> None:
-    items = where_items(world, "refcoco")
+    items = where_items(world, "refcoco", is_pool(folder))
     refs, images, annotations = list[Any](), list[Any](), list[Any]()
     for number, item in enumerate(items, start=1):
         name, meant = f"COCO_train2014_{number:012d}", referent(item.scene, item.question)
@@ -418,7 +227,7 @@ def _write_refcoco(world: PocketWorld, folder: Path) -> None:
                     "image_id": number,
                     "category_id": SHAPES.index(thing.shape) + 1,
                     "file_name": f"{name}_{len(annotations)}.jpg",
-                    "split": "val",
+                    "split": "train" if is_pool(folder) else "val",
                     "sent_ids": [number],
                     "sentences": [sentence],
                 }
@@ -433,7 +242,7 @@ def _write_refcoco(world: PocketWorld, folder: Path) -> None:
 
 
 def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
-    items, expressions, names = where_items(world, "ocid_ref"), {}, {}
+    items, expressions, names = where_items(world, "ocid_ref", is_pool(folder)), {}, {}
     for index, item in enumerate(items):
         thing = referent(item.scene, item.question)
         assert thing is not None
@@ -446,5 +255,6 @@ def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
             "sentence": item.question.expression,
             "take_id": first + index % (last - first + 1),
         }
-    write_json(folder / "val_expressions.json", expressions)
+    split = "train" if is_pool(folder) else "val"
+    write_json(folder / f"{split}_expressions.json", expressions)
     _write_pictures(world, folder, items, names)

@@ -15,7 +15,8 @@ import numpy as np
 
 from midstream.config import PocketWorld
 from midstream.core.identity import GROUPS_FILE
-from midstream.worlds.pocket_files import scene_with, write_json, write_lines
+from midstream.worlds.pocket_files import Named, is_pool, write_json, write_lines
+from midstream.worlds.pocket_items import scene_with
 from midstream.worlds.pocket_language import LAYOUTS, Question, answer, ask, caption
 from midstream.worlds.pocket_scenes import (
     COLORS,
@@ -243,30 +244,33 @@ ALBUM_CHANCES = {"nlvr2": 0.5, "pocket_albums": 0.278}
 ALBUM_FORMATS = {"nlvr2": "nlvr2", "pocket_albums": "qa"}
 
 
-def write_album_benchmarks(world: PocketWorld, folder: Path) -> None:
-    """Write the benchmarks of several pictures: NLVR2's public test, and questions in format `qa`
-    whose groups are the kinds of album."""
-    for name in ("nlvr2/test1", "pocket_albums/images"):
-        (folder / name).mkdir(parents=True)
+def write_album_benchmarks(world: PocketWorld, root: Path, named: Named = str) -> None:
+    """Write the benchmarks of several pictures in folders as they are `named`: NLVR2's public test
+    (or training split), and questions in format `qa` whose groups are the kinds of album."""
+    pairs, folder = root / named("nlvr2"), root / named("pocket_albums")
+    split, splits = ("train", ("captions",)) if is_pool(pairs) else ("test1", TASKS)
+    (pairs / split).mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     lines = []
     for turn in range(world.num_questions):
-        asked = album(generator(world.seed, "nlvr2", turn), "true", turn, splits=TASKS)
-        pair = f"test1-{turn}-0"
+        asked = album(generator(world.seed, pairs.name, turn), "true", turn, splits=splits)
+        pair = f"{split}-{turn}-0"
         for side, scene in enumerate(asked.scenes):
-            rng, buffer = generator(world.seed, "nlvr2 picture", 2 * turn + side), io.BytesIO()
+            rng = generator(world.seed, f"{pairs.name} picture", 2 * turn + side)
+            buffer = io.BytesIO()
             draw_scene(rng, scene).save(buffer, "PNG")
-            (folder / "nlvr2" / "test1" / f"{pair}-img{side}.png").write_bytes(buffer.getvalue())
+            (pairs / split / f"{pair}-img{side}.png").write_bytes(buffer.getvalue())
         sentence = {"identifier": f"{pair}-0", "sentence": asked.question}
         lines.append(sentence | {"label": asked.answer})
-    write_lines(folder / "nlvr2" / "test1.json", lines)
-    questions, groups = [], {}
+    write_lines(pairs / f"{split}.json", lines)
+    questions, groups, more = [], {}, " of training" if is_pool(folder) else ""
     kinds = [kind for kind in ALBUM_KINDS if kind != "true"]
     for index in range(world.num_questions):
-        kind, rng = kinds[index % len(kinds)], generator(world.seed, "album question", index)
-        asked = album(rng, kind, index // len(kinds), splits=TASKS)
-        names = _drawn(world, "asked picture", index, asked.scenes, folder / "pocket_albums")
+        kind, rng = kinds[index % len(kinds)], generator(world.seed, f"album question{more}", index)
+        asked = album(rng, kind, index // len(kinds), splits=splits)
+        names = _drawn(world, f"asked picture{more}", index, asked.scenes, folder)
         about = {"id": f"{index}", "question": asked.question, "image": names}
         questions.append(about | {"answer": asked.answer, "choices": list(asked.choices)})
         groups[f"{index}"] = kind
-    write_lines(folder / "pocket_albums" / "questions.jsonl", questions)
-    write_json(folder / "pocket_albums" / GROUPS_FILE, groups)
+    write_lines(folder / "questions.jsonl", questions)
+    write_json(folder / GROUPS_FILE, groups)

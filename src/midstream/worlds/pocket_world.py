@@ -17,15 +17,12 @@ from midstream.config import PocketWorld
 from midstream.config.training import pool_of
 from midstream.worlds.pocket_files import (
     Sample,
-    balanced,
-    has_answer,
-    scene_with,
     write_benchmarks,
     write_json,
     write_lines,
     write_shards,
-    write_vqav2,
 )
+from midstream.worlds.pocket_items import balanced, has_answer, scene_with
 from midstream.worlds.pocket_language import (
     COUNTS,
     FACTS,
@@ -173,11 +170,12 @@ def write_pocket_world(world: PocketWorld, root: Path) -> None:
     if world.num_albums:
         write_albums(world, root / "instruct" / "albums")
         write_album_benchmarks(world, root / "bench")
-        # Where shots come from.
-        write_vqav2(world, root / "bench" / pool_of("vqav2"), training=True)
-        visual_tasks[pool_of("vqav2")] = {"format": "vqav2", "chance": CHANCES["vqav2"]}
         for task, chance in ALBUM_CHANCES.items():
             visual_tasks[task] = {"format": ALBUM_FORMATS[task], "chance": chance}
+        # Where shots come from.
+        write_album_benchmarks(world, root / "bench", pool_of)
+        write_benchmarks(world, captioned, root / "bench", pool_of)
+        visual_tasks |= {pool_of(task): about for task, about in visual_tasks.items()}
     write_benchmarks(world, captioned, root / "bench")
     for task in TEXT_TASKS:
         write_lines(root / "text_tasks" / f"{task}.jsonl", text_items(world, task))

@@ -159,7 +159,7 @@ def _read_table(path: str, options: ReadOptions, pictures: Pictures) -> Iterator
 
 
 def _read_tar(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[Item]:
-    for sample in samples_of(path):
+    for sample in samples_of(path, (".json", ".tiff", ".tif")):
         if sample.problem:
             yield Reject(sample.where, sample.problem, sample.detail)
         elif "json" not in sample.members:

@@ -283,16 +283,17 @@ def headers_of(path: str, stream: Any, size: int) -> Iterator[tarfile.TarInfo]:
         raise ValueError(f"{path} is not a whole tar file ({error}); fetch it again") from None
 
 
-def samples_of(path: str) -> Iterator[Sample]:
+def samples_of(path: str, whole: tuple[str, ...] = ()) -> Iterator[Sample]:
     """The samples of an archive, each when its last member is read.
 
-    A key is a member's name up to the first dot behind its folders; names without one, and hidden
+    A key is a member's name up to the first dot behind its folders, or where it ends as one of
+    `whole` up to that end (arXiv's 0704.0001.json); names without one, and hidden
     files, are no sample's. A sample's members stand together: a key that comes back later, and a
     suffix that is there twice, is TWICE. One sample is in memory at a time, and 16 bytes for each
     key. Raises ValueError as `scan_tar` does.
     """
     seen: set[bytes] = set()
-    named = ((*_key_and_suffix(member), member) for member in scan_tar(path))
+    named = ((*_key_and_suffix(member, whole), member) for member in scan_tar(path))
     for key, group in groupby((item for item in named if item[0]), key=lambda item: item[0]):
         yield _sample(path, key, ((suffix, member) for _, suffix, member in group), seen)
 
@@ -349,9 +350,10 @@ def _member(path: str, info: tarfile.TarInfo, stream: Any) -> Member:
     return Member(info.name, info.offset_data, info.size, data, problem)
 
 
-def _key_and_suffix(member: Member) -> tuple[str, str]:
+def _key_and_suffix(member: Member, whole: tuple[str, ...]) -> tuple[str, str]:
     folder, slash, base = member.name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
+    parted = base.rpartition if base.lower().endswith(whole) else base.partition
+    stem, dot, suffix = parted(".")
     if stem and dot:
         return f"{folder}{slash}{stem}", suffix.lower()
     # A link or a name that goes up is named even where it belongs to no sample.
