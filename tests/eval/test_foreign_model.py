@@ -136,6 +136,17 @@ def test_a_template_that_can_is_asked_for_an_answer_without_thoughts(
     assert answers(copied) != expected
     assert without_thoughts("A cat? No.</think>\n\nYes") == "Yes"
     assert without_thoughts(" Yes ") == "Yes"
+    assert without_thoughts("<think>\nNo, it may be") == ""
+
+
+def test_a_head_called_head_alone_is_one(tmp_path: Path) -> None:
+    config = transformers.RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2)
+    model = transformers.RwkvForCausalLM(config)
+    held = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("head.")}
+    model.save_pretrained(tmp_path / "m")
+    save_file(held, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack .*head\.weight of a RwkvForCausalLM"):
+        open_weights(str(tmp_path / "m"), config, "AutoModelForCausalLM", {})
 
 
 def test_what_writes_no_text_or_wants_its_own_code_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -82,6 +82,14 @@ def test_a_broken_workbook_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_predictions(tmp_path / "p.XLSX")
 
 
+def test_a_first_line_longer_than_a_tables_cell_is_read(tmp_path: Path) -> None:
+    rows = [{"id": i, "doc": "x" * 200_000, "answer": "red"} for i in (7, 8)]
+    assert read(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows)) == [
+        ("7", "red"),
+        ("8", "red"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -90,6 +98,7 @@ def test_a_broken_workbook_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ('[{"question_id": 7, "answ', r"is not JSON \(line 1: .*was it written whole"),
         ([{"id": 7, "response": {"choices": [0] * 999}}], r"\[\.\.\.\] under 'response'"),
         ("question_id,answer\n", "is empty"),
+        ({"questions": [{"id": 7}], "answers": [{"id": 7}]}, r"\('questions', 'answers'\); give"),
     ],
 )
 def test_a_file_that_is_cut_or_says_two_things_is_refused(

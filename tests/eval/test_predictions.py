@@ -293,6 +293,38 @@ def test_ids_that_number_the_predictions_are_their_order(gqa: Path, first: int) 
         score(gqa, rows)
 
 
+def test_ids_of_which_some_name_questions_are_no_order(tallyqa: Path) -> None:
+    records = json.loads((tallyqa / "test.json").read_text())
+    for record, name in zip(records, (3, 1, 4, 2, 6, 5), strict=True):
+        record["question_id"] = name
+    (tallyqa / "test.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"question '?0"):
+        score(tallyqa, [{"id": i, "answer": i} for i in range(6)])
+
+
+def test_of_several_ids_that_counts_which_names_questions(gqa: Path) -> None:
+    said = (("102", "t-shirt"), ("101", "yes"), ("100", "red"))
+    row = score(gqa, [{"id": i, "idx": n, "answer": t} for i, (n, t) in enumerate(said)])
+    assert row["score"] == 1.0
+    assert not any("their order" in note for note in row["notes"])
+
+
+def test_ids_that_differ_by_zeros_alone_are_each_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "coco_captions"
+    folder.mkdir()
+    images = [
+        {"filename": name, "split": "test", "cocoid": name.removesuffix(".jpg")}
+        | {"sentences": [{"raw": f"A dog sees the {what}."}]}
+        for name, what in (("001.jpg", "moon"), ("1.jpg", "sun"))
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    rows = [
+        {"id": "1", "answer": "a dog sees the sun"},
+        {"id": "001", "answer": "a dog sees the moon"},
+    ]
+    assert score(folder, rows)["score"] == score(folder, rows[::-1])["score"] > 1
+
+
 def test_zeros_before_an_id_and_a_pictures_number_name_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "coco_captions"
     folder.mkdir()
@@ -321,6 +353,11 @@ def test_boxes_of_the_padded_square_are_scored_where_one_says_so(tmp_path: Path)
     assert score(folder, rows)["score"] == 0
     row = score(folder, rows, box_frame="square")
     assert (row["score"], row["details"]["mean_iou"]) == (1.0, pytest.approx(1.0))
+
+
+def test_boxes_of_the_padded_square_are_of_tasks_with_boxes(tallyqa: Path) -> None:
+    with pytest.raises(ValueError, match="tallyqa asks for no boxes; leave --box-frame out"):
+        score(tallyqa, [{"id": 10, "answer": 0}], box_frame="square")
 
 
 def test_empty_answers_are_wrong_and_told(gqa: Path) -> None:

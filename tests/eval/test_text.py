@@ -1,6 +1,7 @@
 """The adaptor to lm-evaluation-harness: fakes whose score is known, tiny models of others."""
 
 import json
+import math
 import random
 import socket
 from collections.abc import Sequence
@@ -15,14 +16,24 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from answerers import Fake, ignore, kept, run_text_tasks
 from midstream.config import Evaluation
 from midstream.data.examples import TextCodec
+from midstream.eval import benchmark
 from midstream.eval import text as text_module
 from midstream.eval.benchmark import evaluate
 from midstream.eval.find_task import harness_task
 from midstream.eval.predict import ModelAnswerer
 from midstream.eval.scoring import averages
 from midstream.eval.tasks import Answerer
-from midstream.eval.text import TextTask, adapt, loaded_tasks, own_task, read_text_task
+from midstream.eval.text import (
+    TextAnswer,
+    TextResult,
+    TextTask,
+    adapt,
+    loaded_tasks,
+    own_task,
+    read_text_task,
+)
 from midstream.eval.transformers_answerer import TransformersAnswerer
+from midstream.study.results import OUTCOMES, TaskResult, checked
 
 
 def item(query: str, choices: Sequence[str], gold: int) -> dict[str, Any]:
@@ -335,6 +346,20 @@ def test_a_number_that_is_none_is_not_written_down() -> None:
         "word_perplexity": None,
         "acc.other": 1.0,
     }
+
+
+def test_a_task_whose_number_is_none_leaves_the_others_theirs() -> None:
+    answer = TextAnswer("a", ("b",), None, None, math.inf)
+    found = TextResult({"word_perplexity": None}, (answer,), "word_perplexity", False, 1, None)
+    row = benchmark._report_text(
+        TextTask("t", None, {}, None), found, [dict.fromkeys(OUTCOMES)], None
+    )
+    assert (row["score"], row["stderr"]) == (None, None)
+    assert (
+        row["note"] == "its word_perplexity is no finite number: the model finds a text impossible"
+    )
+    assert checked(TaskResult, row, Path("r")).score is None
+    assert averages({"t": row})["text"] is None
 
 
 @pytest.mark.slow

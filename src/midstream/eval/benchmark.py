@@ -41,6 +41,7 @@ from midstream.eval.tasks import Reply
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
 from midstream.study.results import OUTCOMES
 
+_IMPOSSIBLE = "its {} is no finite number: the model finds a text impossible"
 _TEXTS = ("example_id", "split", "prompt", "prediction", "gold")
 _COLUMNS = pa.schema(
     [(name, pa.string()) for name in _TEXTS]
@@ -314,20 +315,16 @@ def _report_text(
             **_columns(weighed),
         )
     splits, value = [row.split for row in rows], result.metrics[result.metric]
-    assert value is not None  # refused before
-    # A metric may be a mean over examples or over a group's tasks; of any other nothing is said.
-    means = [bootstrap([row.score for row in rows], None, parts) for parts in (None, splits)]
-    equal = [one for one in means if math.isclose(one.mean, value, rel_tol=1e-6, abs_tol=1e-9)]
-    sure = equal[0] if equal else Estimate(value, None, None, None)
+    sure = _sure([row.score for row in rows], splits, value)
     num_all = task.num_docs if task.num_docs is not None else result.num_docs
     return {
         "kind": "text",
         "metric": "accuracy" if result.metric == "acc" else result.metric,
         "score": value,
         "higher_is_better": result.higher_is_better,
-        "stderr": sure.stderr,
-        "low": sure.low,
-        "high": sure.high,
+        "stderr": sure and sure.stderr,
+        "low": sure and sure.low,
+        "high": sure and sure.high,
         "chance": result.chance,
         "blind": None,
         "num_examples": len(rows),
@@ -336,7 +333,17 @@ def _report_text(
         "splits": {name: result.metrics[f"{name}.{result.metric}"] for name in splits if name},
         "details": result.metrics,
         "continuous": summary(weighed, None, splits),
+        "note": None if value is not None else _IMPOSSIBLE.format(result.metric),
     }
+
+
+def _sure(scores: Sequence[float], splits: Sequence[str], value: float | None) -> Estimate | None:
+    """How sure a task's value is; None where it is no mean over examples or a group's tasks."""
+    if value is None or not all(map(math.isfinite, scores)):
+        return None
+    means = (bootstrap(scores, None, parts) for parts in (None, splits))
+    equal = (one for one in means if math.isclose(one.mean, value, rel_tol=1e-6, abs_tol=1e-9))
+    return next(equal, None)
 
 
 def _shortened(asked: int, num_all: int) -> str | None:

@@ -12,7 +12,7 @@ from midstream.core.identity import file_sha256
 from midstream.study.imported import RECORD
 
 # What a model may lack: no answer depends on it, or it is computed.
-_SPARE = re.compile(r"(^|\.)(head|pooler|position_ids|inv_freq)(\.|$)")
+_SPARE = re.compile(r"vis.*\.head\.|(^|\.)(pooler|position_ids|inv_freq)(\.|$)")
 # One answer a prompt, the likeliest token each time, whatever a folder's generation_config.json
 # says; its end tokens and penalties stay.
 _GREEDY = {
@@ -24,7 +24,7 @@ _GREEDY = {
     "prompt_lookup_num_tokens": None,
     "max_time": None,
 }
-_THOUGHTS_END = "</think>"
+_THOUGHTS, _THOUGHTS_END = "<think>", "</think>"
 
 
 def open_config(name: str, trusted: dict[str, bool]) -> Any:
@@ -163,8 +163,10 @@ def _few(names: list[str], most: int = 3) -> str:
 
 
 def without_thoughts(text: str) -> str:
-    """An answer without the thoughts (`<think>...</think>`) that stand before it."""
-    return text.rpartition(_THOUGHTS_END)[2].strip()
+    """An answer without the thoughts (`<think>...</think>`) that stand before it; empty where they
+    did not come to their end."""
+    _, end, answer = text.rpartition(_THOUGHTS_END)
+    return "" if not end and answer.lstrip().startswith(_THOUGHTS) else answer.strip()
 
 
 def digest_of(folder: Path, config: Any, dtype: Any) -> str:

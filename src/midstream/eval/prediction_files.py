@@ -6,8 +6,8 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ _LAYOUTS = {
 class Prediction:
     """An answer of a predictions file, None where the file says that there is none.
 
-    `question` may be a whole prompt around it; `place` is its number in the order of the questions.
+    `ids` are what it is called by, under each key; `name` is one of them. `question` may be a whole
+    prompt around it; `place` is its number in the order of the questions.
     """
 
     where: str
@@ -53,6 +54,7 @@ class Prediction:
     name: str | None = None
     question: str | None = None
     place: int | None = None
+    ids: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -94,6 +96,9 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         lists = [one for one in lists if all(isinstance(record, dict) for record in one)]
         if len(lists) == 1:  # what else stands there is about the run
             value = lists[0]
+        elif lists:
+            named = ", ".join(repr(key) for key, one in value.items() if one in lists)
+            raise ValueError(f"{path} holds several lists ({named}); give the one of answers alone")
     if isinstance(value, dict) and not _is_record(value):
         for key, answer in value.items():
             record = answer if isinstance(answer, dict) else {"answer": answer}
@@ -103,8 +108,6 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     elif value is not None:
         yield f"{path} line 1", value
     elif separator := _separator(text.split("\n")[0].strip()):
-        # A table may hold pictures as text.
-        csv.field_size_limit(2**31 - 1)
         cells = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         yield from _table(path, cells)
     else:
@@ -113,7 +116,8 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _separator(line: str) -> str | None:
     """What parts a table's columns, by its first line; None where that names none."""
-    for separator in _SEPARATORS:
+    csv.field_size_limit(2**31 - 1)  # a table may hold pictures as text
+    for separator in "" if line.startswith("{") else _SEPARATORS:
         cells = [cell.strip() for row in csv.reader([line], delimiter=separator) for cell in row]
         if _is_record(dict.fromkeys(cells)):
             return separator
@@ -204,8 +208,13 @@ def _prediction(value: Any, where: str) -> Prediction:
         )
     if not keys:
         raise ValueError(f"{where} has no answer, only {', '.join(value)}; {_nearest(value)}")
-    ids = [value[key] for key in _IDS if type(value.get(key)) in (str, int, float)]
-    name = next((_answer(one) for one in ids if isinstance(one, str) or math.isfinite(one)), None)
+    held = {key: value[key] for key in _IDS if type(value.get(key)) in (str, int, float)}
+    ids = {
+        key: str(_answer(one))
+        for key, one in held.items()
+        if isinstance(one, str) or math.isfinite(one)
+    }
+    name = next(iter(ids.values()), None)
     asked_under = _QUESTIONS if keys[0] != "answer" else (*_QUESTIONS, "text")
     question = next((value[key] for key in asked_under if isinstance(value.get(key), str)), None)
     try:
@@ -216,7 +225,7 @@ def _prediction(value: Any, where: str) -> Prediction:
             f"{where} has {told} under {keys[0]!r}, which is no answer; give one text, one number, "
             "or the four numbers of a box"
         ) from None
-    return Prediction(where, answer, name, question, place if isinstance(place, int) else None)
+    return Prediction(where, answer, name, question, place if isinstance(place, int) else None, ids)
 
 
 def _nearest(value: dict[str, Any]) -> str:

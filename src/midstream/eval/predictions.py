@@ -44,8 +44,11 @@ def score_predictions(
     """
     task = read_visual_task(data, name, pictures=False, shuffled=False)
     if box_frame == "square":
-        task = in_the_square(task)
-    predictions, notes = read_predictions(path), []
+        squared = in_the_square(task)
+        if squared is task:
+            raise ValueError(f"{task.name} asks for no boxes; leave --box-frame out")
+        task = squared
+    predictions, notes = _named(task, read_predictions(path)), []
     if ignore_unknown:
         known = _names(task)
         kept = [one for one in predictions if one.name is None or _plain(one.name) in known]
@@ -66,7 +69,7 @@ def score_predictions(
         found = _in_order(task, predictions)
         if found is None:
             _no_match(task, predictions, path)
-        if _places(predictions) is not None:
+        if _places(task, predictions) is not None:
             notes.append("no question has these ids, which number them: matched by their order")
     pairs = [(found[e.example_id], e) for e in task.examples if e.example_id in found]
     _refuse_others(pairs, task, path)
@@ -124,6 +127,17 @@ def _names(task: VisualTask) -> set[str | None]:
     return {_plain(name) for e in task.examples for name in (e.example_id, e.other_id)}
 
 
+def _named(task: VisualTask, predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Predictions called by the id that names the most questions, of several the first."""
+    known = _names(task)
+    keys = dict.fromkeys(key for one in predictions for key in one.ids)
+    hits = {key: sum(_plain(one.ids.get(key)) in known for one in predictions) for key in keys}
+    best = max(hits, key=hits.__getitem__, default=None)
+    if best is None or not hits[best]:
+        return list(predictions)
+    return [replace(one, name=one.ids.get(best, one.name)) for one in predictions]
+
+
 def _refuse_others(
     pairs: Sequence[tuple[Prediction, VisualExample]], task: VisualTask, path: Path
 ) -> None:
@@ -156,15 +170,19 @@ def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, Pre
     """Predictions by example, None where the file's ids do not name this task's questions."""
     if not all(prediction.name is not None for prediction in predictions):
         return None
-    by_name: dict[str | None, list[VisualExample]] = defaultdict(list)
+    exact: dict[str | None, list[VisualExample]] = defaultdict(list)
+    plain: dict[str | None, list[VisualExample]] = defaultdict(list)
     for example in task.examples:
-        for name in {_plain(example.example_id), _plain(example.other_id)}:
-            by_name[name].append(example)
-    if any(_plain(prediction.name) not in by_name for prediction in predictions):
+        names = {example.example_id, example.other_id}
+        for name in names:
+            exact[name].append(example)
+        for name in set(map(_plain, names)):
+            plain[name].append(example)
+    if any(_plain(prediction.name) not in plain for prediction in predictions):
         return None
     found: dict[str, Prediction] = {}
     for prediction in predictions:
-        own = by_name[_plain(prediction.name)]
+        own = exact.get(prediction.name) or plain[_plain(prediction.name)]
         if len(own) > 1:  # an id of a picture, or one that splits share
             own = [example for example in own if _asks(prediction, example)]
             own = [example for example in own if example.example_id not in found] or own
@@ -183,7 +201,7 @@ def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, 
     """Predictions by example, of a file with a line a question; splits may follow in any order."""
     if len(predictions) != len(task.examples):
         return None
-    numbers = _places(predictions)
+    numbers = _places(task, predictions)
     if numbers is not None:
         predictions = [
             one for _, one in sorted(zip(numbers, predictions, strict=True), key=itemgetter(0))
@@ -203,13 +221,22 @@ def _in_order(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, 
     return None
 
 
-def _places(predictions: Sequence[Prediction]) -> list[int] | None:
-    """The ids where they do nothing but number the predictions, from 0 or from 1."""
-    names = [one.name or "" for one in predictions]
+def _places(task: VisualTask, predictions: Sequence[Prediction]) -> list[int] | None:
+    """The ids where they do nothing but number the predictions, from 0 or from 1: none is a
+    question's, or those of the questions do nothing else either."""
+    numbers = _numbers([one.name or "" for one in predictions])
+    if numbers is None or not _names(task) & {_plain(one.name) for one in predictions}:
+        return numbers
+    own = _numbers([example.other_id or example.example_id for example in task.examples])
+    return numbers if own is not None and own == sorted(own) else None
+
+
+def _numbers(names: Sequence[str]) -> list[int] | None:
+    """Names that count from 0 or from 1, in any order, as numbers."""
     if not all(name.isdecimal() for name in names):
         return None
     numbers = list(map(int, names))
-    first = min(numbers)
+    first = min(numbers, default=0)
     every = sorted(numbers) == list(range(first, first + len(numbers)))
     return numbers if first in (0, 1) and every else None
 

@@ -273,11 +273,6 @@ def _result(
         split = leaf if leaf != key else ""
         answers += [_answer(by_doc[n], metric, average, split) for n in sorted(by_doc)]
         several += [len(one["arguments"]) for one in by_doc.values()]
-    if own[metric] is None:
-        raise ValueError(
-            f"text task {task.name}: its {metric} is no finite number, since the model finds a "
-            "text impossible; leave the task out"
-        )
     details = own | {
         f"{leaf}.{name}": value
         for leaf in leaves

@@ -228,7 +228,7 @@ def _colours(folder: Path, *usual: list[float]) -> tuple[tuple[float, ...], ...]
     not be: it scales bytes by `rescale_factor`, or leaves them, or does not normalise."""
     told, found = pictures(folder), []
     for name, one in zip(("image_mean", "image_std"), usual, strict=True):
-        value = told.get(name) or one
+        value = one if told.get(name) in (None, []) else told[name]
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
         values = values * 3 if len(values) == 1 else values
         if len(values) != 3 or (name == "image_std" and min(values) <= 0):

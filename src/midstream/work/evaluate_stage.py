@@ -206,4 +206,4 @@ def scores_of(results: Mapping[str, Any]) -> dict[str, float | int]:
     """What an evaluation found, as one line of metrics: each task's score, and the stable ones."""
     scores = {name: task["score"] for name, task in results["tasks"].items()}
     stable = {f"stable.{name}": value for name, value in results["stable"].items()}
-    return {"step": 0, **scores, **{k: v for k, v in stable.items() if v is not None}}
+    return {"step": 0} | {k: v for k, v in (scores | stable).items() if v is not None}

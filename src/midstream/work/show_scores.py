@@ -176,6 +176,8 @@ def short_names(names: Sequence[str]) -> list[str]:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
+    if row["score"] is None:
+        return f"{row['metric']} not finite"
     if row["chance"] is None:  # no share of right answers
         return f"{row['metric']} {row['score']:.4g}"
     error = "" if row["stderr"] is None else f" ±{100 * row['stderr']:.1f}"
