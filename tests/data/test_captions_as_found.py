@@ -12,8 +12,11 @@ from made_inputs import OPTIONS, as_json, as_lines, run
 from pyarrow import parquet
 
 from inputs import png
+from midstream.data.formats import read_captions
+from midstream.data.formats.captions import synthetic_captions
 from midstream.data.formats.read_captions import FORMATS, caption_units
-from midstream.data.formats.records import ReadOptions
+from midstream.data.formats.records import ReadOptions, Sample
+from midstream.data.source_writer import Reject
 
 
 @pytest.mark.parametrize("folder", ["", "train2017/"])
@@ -96,6 +99,8 @@ def test_names_written_on_windows_are_read(tmp_path: Path) -> None:
         "annotations": [{"image_id": 0, "caption": "box"}],
     }
     names = ("images\\a\\0.png", ".\\images\\a\\0.png", "./images/a/0.png", "a\\0.png")
+    absolute = read(write(tmp_path / "captions.csv", b"image,caption\n/images/a/0.png,box\n"))
+    assert outcome(absolute) == ["- picture outside the folder"]
     table = "image,caption\n" + "".join(f"{name},box\n" for name in names)
     listed = {
         "a.json": as_json([row]),
@@ -133,6 +138,17 @@ def test_keys_are_those_of_imagefolder_in_any_case(tmp_path: Path, keys: tuple[s
     assert outcome(found) == ["- no picture"]
 
 
+def test_which_of_several_names_of_a_picture_is_meant(tmp_path: Path) -> None:
+    for n in range(2):
+        write(tmp_path / f"{n}.png", picture(n))
+    row = {"file_path": "1.png", "image_file": "1.png", "image_path": "0.png", "text": "box"}
+    (found,) = read(write(tmp_path / "a.json", as_json([row])))
+    assert found.picture.data == picture(0)
+    table = b"file_name,image,text\n1.png,0.png,box\n"
+    (found,) = read(write(tmp_path / "captions.csv", table))
+    assert found.picture.data == picture(0)
+
+
 @pytest.mark.parametrize(
     "text", ["[\"it's\", 'a \\'box\\'']", '["it\'s"\n "a \'box\'"]', '["it\'s", "a \'box\'"]']
 )
@@ -141,11 +157,53 @@ def test_lists_as_python_numpy_and_json_write_them_are_lists(tmp_path: Path, tex
     row = {"image": "0.png", "caption": text}
     found = read(write(tmp_path / "a.json", as_json([row])))
     assert outcome(found) == ["it's", "a 'box'"]
-    row["caption"] = "['a'] and [b]"
-    assert outcome(read(write(tmp_path / "a.json", as_json([row])))) == ["['a'] and [b]"]
+    for one in ("['a'] and [b]", "('a')", "[12]", "(None)", "...", "['\\x']"):
+        row["caption"] = one
+        assert outcome(read(write(tmp_path / "a.json", as_json([row])))) == [one]
 
 
-def test_several_captions_in_a_sample_of_a_tar_are_several_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[None, 'a']", ["- no caption", "a"]),
+        ('["a", null]', ["a", "- no caption"]),
+        ("['a' nan 'b']", ["a", "- no caption", "b"]),
+        ("('a', 'b')", ["a", "b"]),
+        ("('a',)", ["a"]),
+        ("['a' 'None' ... 'b']", ["- no caption"]),
+    ],
+)
+def test_lists_with_gaps_and_tuples_are_no_captions(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
+    write(tmp_path / "0.png", picture(0))
+    row = {"image": "0.png", "caption": text}
+    assert outcome(read(write(tmp_path / "a.json", as_json([row])))) == expected
+
+
+def test_a_caption_beside_its_picture_may_be_in_utf16(tmp_path: Path) -> None:
+    for n, end in enumerate(("txt", "json", "txt")):
+        write(tmp_path / f"{n}.png", picture(n))
+        text = '{"caption": "née"}' if end == "json" else "née"
+        write(tmp_path / f"{n}.{end}", text.encode("utf-16" if n < 2 else "utf-32"))
+    assert outcome(read(str(tmp_path))) == ["née", "née", "- caption not UTF-8"]
+
+
+def test_a_quoted_field_may_hold_a_tab_and_a_line_end(tmp_path: Path) -> None:
+    write(tmp_path / "0.png", picture(0))
+    (found,) = read(write(tmp_path / "a.tsv", b'image\ttext\n0.png\t"a\tbus\nand\tmore\n"\n'))
+    assert found.caption == "a\tbus\nand\tmore"
+
+
+def test_a_table_with_pictures_and_addresses_is_asked_for_its_caption(tmp_path: Path) -> None:
+    columns = {"image": [png(0)], "url": ["http://host/0.jpg"], "description": ["a"]}
+    with pytest.raises(ValueError, match=r"\(--text-key names another caption\)"):
+        read(write_table(tmp_path / "a.parquet", columns))
+
+
+def test_several_captions_in_a_sample_of_a_tar_are_several_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     five = {"0.jpg": picture(0), "0.json": as_json({"caption": ["a", " ", "b"]})}
     found = read(write_tar(tmp_path / "a.tar", five))
     assert outcome(found) == ["a", "- empty caption", "b"]
@@ -155,6 +213,18 @@ def test_several_captions_in_a_sample_of_a_tar_are_several_records(tmp_path: Pat
     del both["k.txt"]
     (found,) = read(write_tar(tmp_path / "b.tar", both))
     assert (found.caption, len(found.synthetic), found.left_out) == ("a", 5, 1)
+    both["k.json"] = as_json({"caption": [" ", "b", "c"]})
+    (found,) = read(write_tar(tmp_path / "b.tar", both))
+    assert (found.caption, len(found.synthetic), found.left_out) == ("b", 5, 2)
+    parsed: list[str] = []
+
+    def count(sample: Sample) -> list[str | Reject]:
+        parsed.append(sample.key)
+        return synthetic_captions(sample)
+
+    monkeypatch.setattr(read_captions, "synthetic_captions", count)
+    read(f"{tmp_path}/a.tar")
+    assert parsed == ["0"]
     broken = five | {"0.jpg": b""}
     assert outcome(read(write_tar(tmp_path / "c.tar", broken))) == ["- zero-byte picture"]
 
@@ -182,6 +252,9 @@ def test_what_img2dataset_did_not_get_is_told_and_no_bad_record(tmp_path: Path) 
     assert done["train"]["examples"] == 2
     lines = (tmp_path / "out/rejects.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["detail"] == "failed_to_download, HTTP Error 404"
+    # Others have a column of this name too.
+    write_table(tmp_path / "b.parquet", columns | {"status": ["new", "", None, "ok"]})
+    assert outcome(read(f"{tmp_path}/b.parquet")) == ["box 0", *["- no picture"] * 2, "box 3"]
     # A picture that img2dataset says it has is a bad record, and so is a source without any.
     for have, message in ((png(0), "1 of 4 records"), (None, "4 of 4 records")):
         write_table(tmp_path / "in/00000.parquet", columns | {"jpg": [have, None, None, None]})

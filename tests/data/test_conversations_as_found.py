@@ -118,6 +118,10 @@ SHOWN: list[tuple[Record, Conversation]] = [
         talk(ask("Picture 1: <img>https://x/a?b=1</img>Q?"), reply("R.")),
         asked("Q?", "https://x/a?b=1"),
     ),
+    # A number is no picture's name, nor is that of any file.
+    (talk(ask("Q?"), reply("R."), file_name="chat.txt", pictures=0, video=False), asked("Q?")),
+    (talk(ask("Q?"), reply("R."), file_name="a.JPG?b=1"), asked("Q?", "a.JPG?b=1")),
+    ({"question": "Q?", "answer": "R.", "choices": "[]", "hint": ""}, asked("Q?")),
     # NaN is nothing.
     (
         talk(ask("Q?"), reply("R."), image="a", video=float("nan"), system=float("nan")),
@@ -147,7 +151,13 @@ def test_pictures_are_found_where_other_programs_name_and_mark_them(
         (talk(ask("<image>", images=["a", "b"]), reply("R.")), "marks and pictures disagree"),
         (talk(ask("Q?"), reply("R.", image="a")), "picture outside a question"),
         (talk(ask("<|image_1|>Q?"), reply("R."), **AB), "marks and pictures disagree"),
+        (talk(ask("<image_1><image_3>Q?"), reply("R."), **AB), "marks and pictures disagree"),
+        (talk(ask("<image_2><image_3>Q?"), reply("R."), **AB), "marks and pictures disagree"),
         (talk(ask("<|vision_start|>Q?"), reply("R.")), "<image> without a picture"),
+        ({"question": "Q?", "answer": "B", "choices": ["cat", "dog"]}, "options beside a question"),
+        ({"question": "Q?", "answer": "B", "hint": "H"}, "options beside a question"),
+        (talk({"question": "Q?", "answer": "B", "options": "['a']"}), "options beside a question"),
+        ({"question": "Q?", "answer": "R.", "video_url": "a.mp4"}, "video or sound"),
         (talk(ask("<Image>Q?"), reply("R."), image="a"), "picture without <image>"),
         (talk(ask("Q?"), {"role": "oracle", "content": "R."}), "unknown role"),
         ({"image": "a", "question": "Q?", "answer": ["R.", "r"]}, "more than one reply"),

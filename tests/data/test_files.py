@@ -8,8 +8,11 @@ import lzma
 import os
 import random
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -18,9 +21,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import Put, as_lines, run
+from made_inputs import OPTIONS, Put, as_lines, run
 
-from inputs import tar
+from inputs import png, tar
 from midstream.data.formats import copies
 from midstream.data.formats import files as files_module
 from midstream.data.formats.copies import refuse_twins
@@ -40,6 +43,9 @@ from midstream.data.formats.files import (
     shown_files,
     size_of,
 )
+from midstream.data.formats.read_captions import caption_units
+from midstream.data.remote import kind_of
+from midstream.data.shard_state import unread_files
 
 NAMES = ("a.jsonl", "b/c.jsonl.gz", "b/d/e.jsonl", "b/notes.md", "z.txt")
 
@@ -497,6 +503,30 @@ def test_text_in_utf_16_is_read_and_a_cut_one_is_named(put: Put, order: str) -> 
     assert b"".join(read_lines(put("a.jsonl", data))) == text.encode()
     with pytest.raises(ValueError, match=r"a\.jsonl is cut short or damaged"):
         list(read_lines(put("a.jsonl", data[:-1])))
+
+
+def test_utf_32_is_not_taken_for_utf_16(put: Put) -> None:
+    data = "\ufeffa\n".encode("utf-32-le")
+    assert b"".join(read_lines(put("a.txt", data))) == data
+
+
+def test_names_in_braces_are_asked_for_at_once_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, folder = fsspec.filesystem("memory"), "/braces"
+    for n in range(2):
+        system.pipe_file(f"{folder}/{n}.tar", tar({"0.png": png(n), "0.txt": b"box"}))
+    asked, together = Counter[str](), Barrier(2)
+
+    def count(url: str) -> Any:
+        asked[url] += 1
+        together.wait(5)
+        return kind_of(url)
+
+    monkeypatch.setattr(files_module, "kind_of", count)
+    source = f"memory:/{folder}/{{0..1}}.tar"
+    units = caption_units([source], OPTIONS)
+    assert unread_files("captions", [source], units) == []
+    assert asked == {f"memory:/{folder}/{n}.tar": 1 for n in range(2)}
+    system.rm(folder, recursive=True)
 
 
 def test_what_is_asked_of_a_server_is_no_part_of_a_name() -> None:

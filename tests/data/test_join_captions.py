@@ -83,6 +83,19 @@ def test_sets_at_urls_are_joined_and_read_there(tmp_path: Path) -> None:
     ]
 
 
+def test_of_several_captions_the_first_that_is_one_is_kept(tmp_path: Path) -> None:
+    write_sets(tmp_path, [[1]], [[1]])
+    members = img2dataset(1)
+    key = next(iter(members)).partition(".")[0]
+    del members[f"{key}.txt"]
+    members[f"{key}.json"] = as_json({"uid": uid(1), "caption": [" ", "a", "b"]})
+    write_tar(next((tmp_path / "p").glob("*.tar")), list(members.items()))
+    assert joined(tmp_path)["pictures: further captions left out"] == 2
+    (record,) = read(str(tmp_path / "out"))
+    assert isinstance(record, CaptionRecord)
+    assert record.caption == "a"
+
+
 def test_what_is_lost_is_counted_on_each_side(tmp_path: Path) -> None:
     write_sets(tmp_path, [[1, 2], [2, 3, 4]], [[1, 2, 3], [3, 7]])
     shas = {1: "a" * 64, 2: "b" * 64}

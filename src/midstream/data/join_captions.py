@@ -33,14 +33,13 @@ from midstream.core.storage import (
     write_bytes,
     write_json,
 )
-from midstream.data.formats.captions import json_object, original_captions
+from midstream.data.formats.captions import first_usable, json_object, original_captions
 from midstream.data.formats.files import find_files, folder_of, is_url, name_some
 from midstream.data.formats.joined import JOINED_ROOT
 from midstream.data.formats.records import PICTURES as SUFFIXES
 from midstream.data.formats.records import ReadOptions, Sample, samples_of
 from midstream.data.shard_state import stamp_of
 from midstream.data.shard_workers import leave_with_parent
-from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 from midstream.data.uids import (
     CAPTIONS,
@@ -60,7 +59,7 @@ SIDES: tuple[Side, ...] = ("pictures", "captions")
 Progress = Callable[[float, str], None]
 REPORT = ".join.json"
 # Raised when what lies in the folder of the work is to be made anew.
-VERSION = 1
+VERSION = 2
 _REMEDY = {
     "pictures": "pictures come first and synthetic captions second, and img2dataset keeps the uid "
     "with --save_additional_columns '[\"uid\"]'",
@@ -229,7 +228,7 @@ def index_run(join: Join, side: Side, number: int) -> None:
     for file in tars:
         for sample in samples_of(file):
             counts["samples"] += 1
-            found = _row_of(sample, file, side)
+            found = _row_of(sample, file, side, counts)
             if isinstance(found, str):
                 counts[found] += 1
                 continue
@@ -258,8 +257,13 @@ def _table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
-def _row_of(sample: Sample, file: str, side: Side) -> tuple[bytes, int | None, Any] | str:
-    """The uid, the beginning of the sha256, and what this side has of it; or why it is left out."""
+def _row_of(
+    sample: Sample, file: str, side: Side, counts: Counter[str]
+) -> tuple[bytes, int | None, Any] | str:
+    """The uid, the beginning of the sha256, and what this side has of it; or why it is left out.
+
+    What is left out of a sample that stays is counted in `counts`.
+    """
     if sample.problem:
         return sample.problem
     if any("\ud800" <= character <= "\udfff" for character in sample.key):
@@ -281,8 +285,11 @@ def _row_of(sample: Sample, file: str, side: Side) -> tuple[bytes, int | None, A
         return "more than one picture" if pictures else "sample without a picture"
     if not pictures[0].file:
         raise ValueError(f"{file} is compressed, and pictures are read where they lie; unpack it")
-    caption = original_captions(sample, ReadOptions())[0][1]
-    text = None if isinstance(caption, Reject) else caption
+    captions = original_captions(sample, ReadOptions())
+    text = first_usable(captions)
+    # A joined set keeps one of each picture.
+    if text is not None and len(captions) > 1:
+        counts["further captions left out"] += len(captions) - 1
     picture = pictures[0]
     place = (picture.name, picture.offset, picture.size, content_hash(picture.data))
     return bytes.fromhex(uid), start, (file, sample.key, *place, text)

@@ -24,6 +24,8 @@ Stamp = list[int | str | None]
 TRIES, FIRST_WAIT_SECONDS = 8, 0.5
 # Some clients ask several times themselves: no more tries after this.
 _MOST_SECONDS = 120
+# Requests that are under way at once, where many files are asked about.
+NUM_REQUESTS = 16
 # What one request asks for: where a connection breaks, so much is asked for again.
 PIECE_BYTES = 4 * 2**20
 # Pieces of an open file that stay in memory; the next one is on its way.

@@ -25,14 +25,12 @@ from midstream.data.formats.captions import NOT_FETCHED
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
 from midstream.data.formats.records import ReadOptions, Section, Unit, is_picture
-from midstream.data.remote import Stamp, stamp_of_url
+from midstream.data.remote import NUM_REQUESTS, Stamp, stamp_of_url
 from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX
 
 # By section; raise one when equal input would give another shard: its shards are then made anew.
-PREPARATION: dict[Section, int] = {"text": 3, "captions": 4, "conversations": 5, "documents": 5}
-# Requests about URLs that are under way at once.
-NUM_REQUESTS = 16
+PREPARATION: dict[Section, int] = {"text": 4, "captions": 5, "conversations": 6, "documents": 5}
 
 
 @dataclass(frozen=True)
@@ -296,6 +294,7 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         "unknown role": "call them user, assistant, system or tool",
         "roles do not alternate": "give each question one reply",
         "more than one reply": "keep the one to be learnt",
+        "options beside a question": "write them into its text, and take their key out",
         "preference pair": "keep the reply to be learnt as the last turn, and take the other out",
         "reply judged bad": "take these records out",
         "weight other than 0 and 1": "give replies a weight of 0 or 1, or none",
@@ -412,7 +411,7 @@ def unread_files(section: Section, sources: Sequence[str], units: Sequence[Unit]
     unread = {
         file
         for source in sources
-        for file in shown_files(source)
+        for file in shown_files(source, read)
         if file not in read and _is_asked(section, base_name(file), tokenised)
     }
     return sorted(unread, key=lambda file: (is_note(base_name(file)), file))

@@ -43,8 +43,8 @@ from midstream.data.source_writer import Reject
 # What columns of addresses end in, and what is to be done about them.
 _ADDRESSES = ("url", "urls")
 BY_ADDRESS = "its pictures are addresses: fetch them with img2dataset and give what it writes"
-# What img2dataset's tables say of each address, and of those that it has fetched.
-_STATUS, _FETCHED = "status", "success"
+# What img2dataset's tables say of each address, and how that begins of what it has not fetched.
+_STATUS, _FAILED = "status", "failed_"
 _FETCHING = (_STATUS, "error_message")
 TEXT_TABLES = (".csv", ".tsv", ".txt", ".token")
 # Python's own limit is 131,072 characters.
@@ -88,7 +88,7 @@ def read_csv(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rejec
             name = row[0]
             if not options.images and root != beside and not is_folder(f"{root}/{base_name(root)}"):
                 # From where the list lies.
-                name = re.sub(rf"^(\.?[/\\])?{base_name(root)}[/\\]", "", name)
+                name = re.sub(rf"^(\.[/\\])?{base_name(root)}[/\\]", "", name)
             yield from pictures.records(where, row[1], name, NOT_UTF8)
 
 
@@ -99,7 +99,8 @@ def rows_of(path: str, options: ReadOptions) -> Iterator[tuple[str, str] | str]:
     """
     rows = _csv_rows(path)
     header = next(rows)
-    image, caption = picture_key(header), named(header, text_keys(options))
+    image = picture_key(header, ("image", *PICTURE_KEYS))
+    caption = named(header, text_keys(options))
     if image is None or caption is None:
         raise _lacking(path, header, options)
     if twice := [name for name in (image, caption) if header.count(name) > 1]:
@@ -142,7 +143,7 @@ def read_table(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rej
             yield replace(row, reason=NOT_UTF8)
         elif wanted and row.get(SPLIT) not in wanted:
             continue
-        elif row[image] is None and row.get(_STATUS, _FETCHED) != _FETCHED:
+        elif row[image] is None and str(row.get(_STATUS)).startswith(_FAILED):
             yield Reject(where, NOT_FETCHED, ", ".join(str(row.get(name)) for name in _FETCHING))
         else:
             yield from pictures.records(where, row[text], row[image])
@@ -175,7 +176,8 @@ def is_address(name: str) -> bool:
 def _lacking(path: str, columns: Sequence[str], options: ReadOptions) -> ValueError:
     asked, shown = " or ".join(text_keys(options)), [name[:40] for name in columns]
     remedy = "--text-key names another caption"
-    if any(map(is_address, columns)):
+    shows = picture_key(columns) is not None
+    if not shows and any(map(is_address, columns)):
         remedy = BY_ADDRESS
     elif any(map(is_picture, columns)):
         remedy = "its first line is a record: write a header above it, parted as the line is"
@@ -216,11 +218,12 @@ def _csv_rows(path: str) -> Iterator[list[str]]:
     """The header and the rows; raises ValueError with the line of what is no CSV."""
     reader = _csv_reader(path)
     try:
-        yield [name.strip() for name in next(reader, [])]
+        header = [name.strip() for name in next(reader, [])]
+        yield header
         tabs = getattr(getattr(reader, "dialect", None), "delimiter", "") == "\t"
         for row in reader:
             # A caption that begins with a quote, in a file that does not quote.
-            if tabs and any("\n" in field and "\t" in field for field in row):
+            if tabs and any(_holds_rows(row, n, len(header)) for n in range(len(row))):
                 raise csv.Error("a field goes over lines and columns")
             yield row
     except csv.Error as error:
@@ -228,6 +231,14 @@ def _csv_rows(path: str) -> Iterator[list[str]]:
             f"{path}, line {reader.line_num:,}: no CSV ({error}); quote fields that hold commas, "
             "quotes or line ends, and double the quotes inside"
         ) from None
+
+
+def _holds_rows(row: Sequence[str], place: int, num_columns: int) -> bool:
+    """Whether a field, with what stands beside it, is lines of the header's columns each."""
+    if "\n" not in row[place] or "\t" not in row[place]:
+        return False
+    lines = "\t".join(("",) * place + (row[place],) + ("",) * (len(row) - place - 1)).split("\n")
+    return all(line.count("\t") + 1 == num_columns for line in lines if line.strip("\r"))
 
 
 def _csv_reader(path: str) -> Any:

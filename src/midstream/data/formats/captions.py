@@ -34,6 +34,7 @@ from midstream.data.formats.records import (
     ReadOptions,
     Sample,
 )
+from midstream.data.formats.utf16 import decoded
 from midstream.data.source_writer import Reject
 
 # How JPEG, PNG, WebP and GIF begin in base64; no name of a file is so long and begins so.
@@ -41,16 +42,21 @@ _BASE64, _BASE64_CHARACTERS = ("/9j/", "_9j_", "iVBORw0KGgo", "UklGR", "R0lGOD")
 # Where a picture stands in an object or a table, the first of them that is there.
 PICTURE_KEYS = (
     *("file_name", "image", "images", "image_bytes", "img", "jpg", "jpeg", "png", "webp"),
-    *("filename", "filepath", "file_path", "image_path", "image_name", "image_file", "img_path"),
+    *("filename", "filepath", "image_path", "image_name", "img_path", "file_path", "image_file"),
 )
 # What imagefolder calls columns of names, beside `file_name`: image_file_name, image_file_names.
 _NAME_ENDS = ("file_names", "_file_name")
 # What a record of several splits says its own under.
 SPLIT = "split"
-# A list of texts as Python writes it, or numpy, which has no commas.
-_STRING = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
+# A list or tuple of texts as Python writes it, or a list of numpy's, which has no commas, and where
+# it is long no middle.
+_TEXT = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|None|nan)"""
+_CUT = "..."
+_ENTRY = re.compile(rf"{_TEXT}|{re.escape(_CUT)}", re.DOTALL)
 _LIST = re.compile(
-    rf"\s*\[\s*(?:{_STRING.pattern})(?:[\s,]++(?:{_STRING.pattern}))*+[\s,]*+\]\s*", re.DOTALL
+    rf"\s*(?:\[\s*{_TEXT}(?:[\s,]++(?:{_ENTRY.pattern}))*+[\s,]*+\]"
+    rf"|\(\s*{_TEXT}\s*+,(?:\s*+{_TEXT}\s*+,)*+(?:\s*+{_TEXT})?+\s*+\))\s*",
+    re.DOTALL,
 )
 # A sample that says nothing of a caption, as against one whose caption is no text.
 ABSENT = "no caption"
@@ -130,7 +136,7 @@ def json_object(data: bytes) -> tuple[dict[str, Any] | None, str]:
     Bytes that are no UTF-8 stand in it as such halves.
     """
     try:
-        text, reason = data.decode("utf-8-sig"), NOT_UNICODE
+        text, reason = decoded(data), NOT_UNICODE
     except UnicodeDecodeError:
         text, reason = data.decode("utf-8", "surrogateescape"), NOT_UTF8
     try:
@@ -146,7 +152,7 @@ def caption_of(value: object, where: str, reason: str = NOT_UNICODE) -> str | Re
         value = value.get("raw", value)
     if isinstance(value, bytes):
         try:
-            value = value.decode("utf-8-sig")
+            value = decoded(value)
         except UnicodeDecodeError as error:
             return Reject(where, NOT_UTF8, str(error))
     if not isinstance(value, str):
@@ -166,8 +172,12 @@ def captions_of(
     """
     listed = unquoted(value)
     if isinstance(listed, str) and _LIST.fullmatch(listed):
-        listed = _as_python_writes(listed)
-    if isinstance(listed, list) and all(isinstance(caption, str) for caption in listed):
+        entries = _ENTRY.findall(listed)
+        if _CUT in entries:
+            detail = f"its list was cut where it was written: {listed}"[:200]
+            return [(where, Reject(where, "no caption", detail))]
+        listed = _as_python_writes(entries) or listed
+    if isinstance(listed, list) and all(isinstance(one, str | None) for one in listed):
         value = listed
     if not isinstance(value, list) or not value:
         return [(where, caption_of(value, where, reason))]
@@ -175,13 +185,19 @@ def captions_of(
     return [(at, caption_of(one, at, reason)) for at, one in zip(places, value, strict=True)]
 
 
-def _as_python_writes(text: str) -> object:
+def _as_python_writes(entries: Sequence[str]) -> list[str | None]:
+    """The texts of a list, None for what is none; nothing where Python does not read them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "\d" is no escape
         try:
-            return [ast.literal_eval(found[0]) for found in _STRING.finditer(text)]
+            return [None if entry == "nan" else ast.literal_eval(entry) for entry in entries]
         except (ValueError, SyntaxError):
-            return text
+            return []
+
+
+def first_usable(captions: Iterable[tuple[str, str | Reject]]) -> str | None:
+    """The first of `captions_of` that is one; None for none."""
+    return next((one for _, one in captions if isinstance(one, str)), None)
 
 
 def original_captions(sample: Sample, options: ReadOptions) -> list[tuple[str, str | Reject]]:

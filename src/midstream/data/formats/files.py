@@ -3,14 +3,14 @@
 A name with "://" in it is an `fsspec` URL. One piece of a file is in memory at a time.
 """
 
-import codecs
 import io
 import lzma
 import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from glob import glob
 from itertools import chain, takewhile
@@ -22,7 +22,9 @@ import pyarrow
 from fsspec.compression import compr
 
 from midstream.core.digests import PACKED, is_hidden, is_note, is_unnamed, plain_name, walk
+from midstream.data.formats.utf16 import AsUtf8, is_utf16
 from midstream.data.remote import (
+    NUM_REQUESTS,
     RemoteError,
     ask,
     fetch,
@@ -53,7 +55,6 @@ _STARTS = {
 }
 _ARCHIVES = (".zip", ".rar", ".7z")
 _HEAD = 16
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _DAMAGE = (EOFError, OSError, UnicodeError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 # A file in place of another: version https://git-lfs.github.com/spec/v1, oid, size.
 _POINTER, _POINTER_BYTES = b"version https://", 512
@@ -69,15 +70,16 @@ def is_url(name: str) -> bool:
     return "://" in name
 
 
-def find_files(source: str, suffixes: tuple[str, ...]) -> list[str]:
+def find_files(source: str, suffixes: tuple[str, ...], known: Collection[str] = ()) -> list[str]:
     """The files that `source` stands for, sorted by name.
 
     A file is itself, whatever its name; a folder or a glob pattern is those of `shown_files` whose
     names end in one of `suffixes` (see `full_name`), and that are no notes (README, LICENSE.txt).
+    `known`: as of `shown_files`.
     Raises FileNotFoundError with `source` and `suffixes` if there is none, and ValueError for an
     archive that has to be unpacked first.
     """
-    found = shown = shown_files(source)
+    found = shown = shown_files(source, known)
     if found != [source]:
         found = [
             file
@@ -128,20 +130,28 @@ def name_some(names: Iterable[str], most: int) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def shown_files(source: str) -> list[str]:
+def shown_files(source: str, known: Collection[str] = ()) -> list[str]:
     """All files that `source` could mean, sorted by name: a file is itself; a folder is all under
     it, a glob pattern what matches it or lies in folders that match it, but for what is hidden.
 
     Linked folders are entered. What the source itself names is never hidden. {0000..0123} and {a,b}
-    stand for each of their names; FileNotFoundError tells one that is not there.
+    stand for each of their names; FileNotFoundError tells one that is not there. Servers are not
+    asked again about `known` files.
     """
-    found: list[str] = []
-    for name in _names_in_braces(source):
+    names = _names_in_braces(source)
+
+    def files_of(name: str) -> list[str]:
+        if name in known:
+            return [name]
         files = _url_files(name) if is_url(name) else _local_files(name)
         if not files and name != source:
             raise FileNotFoundError(f"{name} is not there, which {source} stands for; correct it")
-        found += files
-    return sorted(set(found))
+        return files
+
+    if len(names) == 1 or not is_url(source):
+        return sorted({*chain.from_iterable(map(files_of, names))})
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        return sorted({*chain.from_iterable(pool.map(files_of, names))})
 
 
 def _names_in_braces(source: str) -> list[str]:
@@ -163,10 +173,12 @@ def is_folder(source: str) -> bool:
     return kind_of(source) == "directory" if is_url(source) else os.path.isdir(source)
 
 
-def names_folders(source: str) -> bool:
-    """Whether `source` is a folder or a pattern that matches one."""
+def names_folders(source: str, known: Collection[str]) -> bool:
+    """Whether `source` is a folder or a pattern that matches one, and not of `known` files."""
+    if source in known:
+        return False
     if (names := _names_in_braces(source)) != [source]:
-        return any(map(names_folders, names))
+        return any(names_folders(name, known) for name in names)
     if not is_url(source):
         return any(map(os.path.isdir, [source, *glob(source, recursive=True)]))
     matches = _url_matches(source).values() if _MAGIC.search(source) else ()
@@ -359,29 +371,9 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
             head = _checked(path, stream.peek, _HEAD)[:_HEAD]
             if any(re.match(pattern, head, re.DOTALL) for pattern in _BEGINS.values()):
                 raise ValueError(f"{path} is compressed twice; unpack it once, and give the result")
-        if _checked(path, stream.peek, 2)[:2] in _UTF16:
-            stream = stack.enter_context(io.BufferedReader(_Recoded(stream), _PIECE_BYTES))
+        if is_utf16(_checked(path, stream.peek, 4)[:4]):
+            stream = stack.enter_context(io.BufferedReader(AsUtf8(stream), _PIECE_BYTES))
         yield stream
-
-
-class _Recoded(io.RawIOBase):
-    """Text in UTF-16, as programs of Windows write it, in UTF-8."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._rest = stream, b""
-        self._decoder = codecs.getincrementaldecoder("utf-16")("surrogatepass")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = b"first"
-        while not self._rest and piece:
-            piece = self._stream.read(_PIECE_BYTES)
-            self._rest = self._decoder.decode(piece, not piece).encode("utf-8", "surrogatepass")
-        given, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
-        buffer[: len(given)] = given
-        return len(given)
 
 
 def _checked(path: str, read: Callable[[int], bytes], size: int) -> bytes:

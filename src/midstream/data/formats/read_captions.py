@@ -5,7 +5,7 @@ Records are numbered from 0. Pictures are not decoded here.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -29,6 +29,7 @@ from midstream.data.formats.caption_lists import (
 from midstream.data.formats.captions import (
     ABSENT,
     check_splits,
+    first_usable,
     json_object,
     not_there,
     original_captions,
@@ -170,7 +171,8 @@ def _known() -> str:
 def _caption_files(source: str, options: ReadOptions) -> list[str]:
     files = find_files(source, _SUFFIXES)
     names = {file: full_name(file) for file in files}
-    if not names_folders(source) and (files == [source] or _of_one_kind(source, names.values())):
+    of_one = files == [source] or _of_one_kind(source, names)
+    if of_one and not names_folders(source, names):
         refuse_splits(source, files)
         return files
     found = {
@@ -201,10 +203,10 @@ def _caption_files(source: str, options: ReadOptions) -> list[str]:
     return found[kinds[0]]
 
 
-def _of_one_kind(source: str, names: Iterable[str]) -> bool:
+def _of_one_kind(source: str, names: Mapping[str, str]) -> bool:
     """Whether a pattern of files means each of them, and not what is captions among them."""
-    ends = {os.path.splitext(name)[1] for name in names}
-    return len(ends) == 1 and not any(map(is_picture, shown_files(source)))
+    ends = {os.path.splitext(name)[1] for name in names.values()}
+    return len(ends) == 1 and not any(map(is_picture, shown_files(source, names)))
 
 
 def _refuse_lists_of_the_same(files: Sequence[str], options: ReadOptions) -> None:
@@ -357,20 +359,27 @@ def _of_sample(sample: Sample, options: ReadOptions) -> Iterator[CaptionRecord |
 
 
 def _sample_records(sample: Sample, options: ReadOptions) -> list[CaptionRecord | Reject]:
-    """Its record, or one for each of its own captions where it has several and none synthetic."""
+    """Its record, with the first of its own captions that can be used and the synthetic ones, or
+    one for each of its own where none is synthetic."""
+    made = _made_record(sample, options)
+    if isinstance(made, Reject):
+        return [made]
     captions = original_captions(sample, options)
-    found = [_sample_record(sample, own, options) for _, own in captions]
-    first = found[0]
-    if len(found) == 1 or (isinstance(first, Reject) and first is not captions[0][1]):
-        return [first]
-    if isinstance(first, CaptionRecord) and first.synthetic:
-        return [replace(first, left_out=first.left_out + len(found) - 1)]
-    return [replace(one, where=at) for one, (at, _) in zip(found, captions, strict=True)]
+    if not made.synthetic:
+        return [
+            one if isinstance(one, Reject) else replace(made, where=at, caption=one)
+            for at, one in captions
+        ]
+    usable = first_usable(captions)
+    if usable is None and options.require == "original":
+        return [one for _, one in captions if isinstance(one, Reject)]
+    there = sum(not isinstance(one, Reject) or one.reason != ABSENT for _, one in captions)
+    left_out = made.left_out + there - (usable is not None)
+    return [replace(made, caption=usable or "", left_out=left_out)]
 
 
-def _sample_record(
-    sample: Sample, own: str | Reject, options: ReadOptions
-) -> CaptionRecord | Reject:
+def _made_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reject:
+    """The sample's picture with its synthetic captions alone, or why it can have no record."""
     where, members = sample.where, sample.members
     if sample.problem:
         reason = "picture too large" if sample.problem == TOO_LARGE else sample.problem
@@ -393,12 +402,7 @@ def _sample_record(
     unusable = [caption for caption in synthetic if isinstance(caption, Reject)]
     if options.require == "synthetic" and not usable:
         return unusable[0] if unusable else without(sample, "no synthetic caption")
-    if isinstance(own, Reject) and (options.require == "original" or not usable):
-        return own
-    if isinstance(own, Reject):
-        unusable += [own] if own.reason != ABSENT else []
-        own = ""
-    return CaptionRecord(where, own, picture, usable, len(unusable))
+    return CaptionRecord(where, "", picture, usable, len(unusable))
 
 
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Reject]]] = {

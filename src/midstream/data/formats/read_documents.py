@@ -116,7 +116,7 @@ def _files(source: str) -> list[str]:
     others = {*shown} - {*packed}
     if packed and not any(full_name(file).endswith(SUFFIXES) for file in others):
         return members
-    files = find_files(source, SUFFIXES)
+    files = find_files(source, SUFFIXES, {*shown})
     refuse_splits(source, files)
     return files + members
 

@@ -9,6 +9,7 @@ from typing import Any
 from midstream.data.examples import IMAGE_MARK
 from midstream.data.formats.captions import picture_in
 from midstream.data.formats.json_records import unquoted
+from midstream.data.formats.records import is_picture
 
 _KEYS = (("from", "value"), ("role", "content"), ("speaker", "text"))
 # A question and its reply under names of their own, as a turn or as a whole record.
@@ -20,6 +21,8 @@ PAIRS = (
 )
 # What stands behind the question of a pair, on a line of its own.
 BEHIND = ("input", "context")
+# What is asked with a pair, in no form that says where in its question.
+ASIDE = ("choices", "options", "hint")
 # Where pictures are named: all of the first two, else the first of the others.
 _IMAGES = ("image", "images")
 _FURTHER = (
@@ -27,7 +30,12 @@ _FURTHER = (
     *("image_bytes", "img", "imgs", "img_path", "image_name", "picture", "pictures", "file_name"),
 )
 PICTURE_KEYS = _IMAGES + _FURTHER
-VIDEO_KEYS = ("video", "videos", "audio", "audios")
+# What may be the name of something else.
+_ANY_FILE = "file_name"
+VIDEO_KEYS = (
+    *("video", "videos", "audio", "audios", "video_path", "video_paths", "video_url", "video_urls"),
+    *("audio_path", "audio_paths", "audio_url", "audio_urls"),
+)
 _SEEN = frozenset((*PICTURE_KEYS, *VIDEO_KEYS))
 _TOOL = "tool"
 _TOOLS = (
@@ -49,6 +57,7 @@ TOOL_TURN, RATED_LOW = "tool turn", "rated too low"
 MISSING = {_TOOL: TOOL_TURN, RATED_LOW: RATED_LOW}
 # Why a conversation is.
 NO_TALK, NO_NAME, VIDEO = "no conversation", "not a picture name", "video or sound"
+ASKED_ASIDE = "options beside a question"
 MARKS_DIFFER, NO_PICTURE = "marks and pictures disagree", f"{IMAGE_MARK} without a picture"
 NO_MARK, OUTSIDE = f"picture without {IMAGE_MARK}", "picture outside a question"
 # Qwen-VL's marks hold the name of their picture.
@@ -126,6 +135,8 @@ def said_of(turn: object, where: str, number: int, *, is_rated_low: bool = False
         if any(key in turn for keys in _KEYS for key in keys):
             pair = None
         elif pair := pair_in(turn):
+            if aside := [key for key in ASIDE if not is_absent(unquoted(turn.get(key)))]:
+                raise ConversationError(where, ASKED_ASIDE, f"{at} has {aside[0]!r}")
             system = text_of("system", turn.get("system"), where, at)
             yield from [system] if system.text else []
             yield _showing(text_of("human", _question(turn, pair), where, at), own, where)
@@ -245,16 +256,17 @@ def _unnamed(text: str) -> list[None]:
 
 
 def pictures_under(values: Mapping[str, Any], where: str, place: str = "") -> list[str | bytes]:
-    """The pictures that a record or a turn names; "", null, NaN and {bytes: null} are none.
+    """The pictures that a record or a turn names; "", null, NaN, numbers and {bytes: null} are
+    none, and so is a `file_name` that ends as no picture's does.
 
     Raises ConversationError that names `where`, also for videos and sound.
     """
     if _SEEN.isdisjoint(values):
         return []
     for other in VIDEO_KEYS:
-        if not is_absent(values.get(other)):
+        if not _says_nothing(other, values.get(other)):
             raise ConversationError(where, VIDEO, f"under {other!r}{place}")
-    have = [key for key in PICTURE_KEYS if not is_absent(values.get(key))]
+    have = [key for key in PICTURE_KEYS if not _says_nothing(key, values.get(key))]
     keys = [key for key in have if key in _IMAGES] or have[:1]
     found: list[str | bytes] = []
     for key in keys:
@@ -265,6 +277,11 @@ def pictures_under(values: Mapping[str, Any], where: str, place: str = "") -> li
         held = value if isinstance(value, list) else [value]
         found += [_picture(x, where, f"under {key!r}{place}") for x in held if not _is_none(x)]
     return found
+
+
+def _says_nothing(key: str, value: object) -> bool:
+    other = key == _ANY_FILE and isinstance(value, str) and not is_picture(value.split("?")[0])
+    return other or isinstance(value, int | float) or is_absent(value)
 
 
 def is_absent(value: object) -> bool:
@@ -324,7 +341,7 @@ def in_places(
     where: str, marks: Sequence[str | bytes | int | None], pictures: Sequence[str | bytes]
 ) -> list[str | bytes]:
     """The picture of each mark: its own, or one of the record's that are no mark's own, by its
-    number among theirs where all have one, else the next."""
+    number (from 0 or 1) where all have one, else the next."""
     own = [mark for mark in marks if isinstance(mark, str | bytes)]
     rest = [picture for picture in pictures if picture not in own]
     others = [mark for mark in marks if not isinstance(mark, str | bytes)]
@@ -334,9 +351,12 @@ def in_places(
     if rest and not marks:
         raise ConversationError(where, NO_MARK, found)
     numbers = [mark for mark in others if isinstance(mark, int)]
-    numbers = numbers if len(numbers) == len(others) else list(range(len(others)))
-    ranks = {number: rank for rank, number in enumerate(sorted({*numbers}))}
-    if len(ranks) != len(rest):
-        raise ConversationError(where, MARKS_DIFFER, found)
-    following = iter(rest[ranks[number]] for number in numbers)
+    if numbers and len(numbers) == len(others):
+        found += f", marks of the numbers {sorted({*numbers})}"
+    else:
+        numbers = list(range(len(others)))
+    first = min(numbers, default=0)
+    if first not in (0, 1) or {*numbers} != {*range(first, first + len(rest))}:
+        raise ConversationError(where, MARKS_DIFFER, found[:200])
+    following = iter(rest[number - first] for number in numbers)
     return [mark if isinstance(mark, str | bytes) else next(following) for mark in marks]

@@ -7,6 +7,7 @@ from typing import Any
 from midstream.data.examples import IMAGE_MARK, Turn
 from midstream.data.formats.json_records import unquoted
 from midstream.data.formats.said import (
+    ASIDE,
     BEHIND,
     MISSING,
     NO_TALK,
@@ -40,7 +41,7 @@ _JUDGED = ("kto_tag", "label")
 _BOXES, _PLACEHOLDERS = "objects", ("<bbox>", "<ref-object>")
 # All keys of records that are read.
 KEYS = (
-    *(*LISTS, "id", *_SYSTEM, _HISTORY, _BOXES, *BEHIND, *_BETTER, *_JUDGED),
+    *(*LISTS, "id", *_SYSTEM, _HISTORY, _BOXES, *BEHIND, *ASIDE, *_BETTER, *_JUDGED),
     *(*PICTURE_KEYS, *VIDEO_KEYS, *dict.fromkeys(key for pair in PAIRS for key in pair)),
 )
 # Why a question, or a system text, is left out; why a conversation is.
@@ -81,7 +82,8 @@ def conversation_of(record: dict[str, Any], where: str, rating: int | None = Non
 
     Raises ConversationError that names `where` if two replies are to one question, a role is
     unknown, a question is empty (but for pictures), no reply to learn is left, a picture stands
-    elsewhere than in a question, marks and pictures disagree, or the record compares replies.
+    elsewhere than in a question, marks and pictures disagree, a pair has one of `ASIDE`, or the
+    record compares replies.
     """
     said = _said_in(record, where, rating)
     pictures = pictures_under(record, where)
@@ -129,7 +131,7 @@ def _alone(record: dict[str, Any]) -> list[Any] | None:
         dict(zip(PAIRS[0], x, strict=True)) if isinstance(x, list) and len(x) == len(pair) else x
         for x in history
     ]
-    return [*said, {key: record[key] for key in (*pair, *BEHIND) if key in record}]
+    return [*said, {key: record[key] for key in (*pair, *BEHIND, *ASIDE) if key in record}]
 
 
 def _are_messages(value: object) -> bool:
