@@ -240,8 +240,9 @@ def test_a_recipe_that_is_not_fine_tuned_is_asked_behind_shots_and_no_other_is()
     assert few.pop("Flamingo") == 4
     assert set(few.values()) == {None}
     # The same questions of the same benchmarks.
-    others = {one.model_copy(update={"few_shot": None}).model_dump_json() for one in asked.values()}
-    assert len(others) == 1
+    assert asked["Flamingo"].fixed_answers == "both"
+    alike = {"few_shot": None, "fixed_answers": "both"}
+    assert len({one.model_copy(update=alike).model_dump_json() for one in asked.values()}) == 1
     study = table1(recipes=("Flamingo", "Ours"), seeds=(7,))
     assert study.table is not None
     columns = {name: text["asked"] for name, text in study.table.labels.items()}

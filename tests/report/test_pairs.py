@@ -72,4 +72,5 @@ def test_the_page_says_which_tasks_are_not_whole(filled: Ledger) -> None:
     results = read_json(path)
     results["tasks"]["gqa"]["shortened"] = "80 of 12,578 examples"
     write_json(path, results)
-    assert "gqa (80 of 12,578 examples)" in made.write_report(STUDY, filled).read_text()
+    page = made.write_report(STUDY, filled).read_text()
+    assert "gqa (80 of 12,578 examples in 1 of 6)" in page

@@ -55,7 +55,7 @@ TASK = """splits kind metric score stderr chance blind num_examples unparsable k
     shortened details continuous"""
 SOURCE_FIELDS, TASK_FIELDS = words(SOURCE), words(TASK)
 VISUAL_FIELDS = {"format", "wording", "answered", "note"}
-TEXT_FIELDS = {"higher_is_better"}
+TEXT_FIELDS = {"higher_is_better", "note"}
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -109,7 +109,16 @@ def test_a_plan_prices_what_documents_hold(stage: Continue, done: Ledger) -> Non
     assert (work.tokens, work.images) == (result.tokens.seen, views.views)
     # Long documents are cut between their parts, which leaves room in rows that have no text.
     assert work.rows == pytest.approx(len(open_stage(stage, done).plan), rel=0.02)
-    assert work.rows * 128 > 1.2 * work.tokens
+    assert work.rows * 128 > 1.05 * work.tokens
+    # However many pieces a document comes in, its patches are no targets.
+    assert work.targets == pytest.approx(result.tokens.target, rel=0.01)
+
+
+def test_a_checkpoint_says_how_rows_of_documents_are_laid_out(
+    stage: Continue, done: Ledger
+) -> None:
+    runner = tiny.runner(done)
+    assert "rows of documents" in runner._origin(stage)
 
 
 def test_a_row_of_documents_is_shown_with_its_pictures_in_their_places(

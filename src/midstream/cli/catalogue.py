@@ -168,28 +168,40 @@ def _file_of(name: str) -> Path:
 def _running(path: Path) -> Iterator[None]:
     """Run a user's file as Python does: with the modules beside it. Raises ValueError that names
     file and line for whatever it gets wrong, but for what says itself what is to be done."""
-    folder = str(path.parent.absolute())
+    folder, before = str(path.parent.absolute()), set(sys.modules)
     sys.path.insert(0, folder)
     try:
         yield
-    except (ValueError, OSError):
-        raise
     except Exception as error:
-        raise ValueError(_failed(path, error)) from error
+        frames = traceback.extract_tb(error.__traceback__)
+        at = [one for one in frames if _is_theirs(Path(one.filename), path.parent)]
+        # What Midstream refuses says what is to be done; a slip of the file's own does not.
+        if isinstance(error, ValueError | OSError) and (not at or at[-1] is not frames[-1]):
+            raise
+        raise ValueError(_failed(path, error, at)) from error
     finally:
         sys.path.remove(folder)
+        # Another study's modules may be called the same.
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and _is_theirs(Path(file), path.parent):
+                del sys.modules[name]
 
 
-def _failed(path: Path, error: Exception) -> str:
+def _is_theirs(file: Path, folder: Path) -> bool:
+    """Whether a module lies beside a user's study and is no installed one."""
+    file = file.absolute()
+    installed = "site-packages" in file.parts or file.is_relative_to(Path(__file__).parents[1])
+    return file.is_relative_to(folder.absolute()) and not installed
+
+
+def _failed(path: Path, error: Exception, at: Sequence[traceback.FrameSummary]) -> str:
     """Where in a user's file, or in one beside it, something went wrong, and what."""
     told = f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}, line {error.lineno}: {error.msg}"
     if isinstance(error, ModuleNotFoundError):
         told += "; modules are looked for beside the file, and among what is installed"
-    beside = path.parent.absolute()
-    frames = traceback.extract_tb(error.__traceback__)
-    at = [one for one in frames if Path(one.filename).absolute().is_relative_to(beside)]
     return f"{at[-1].filename}, line {at[-1].lineno}: {told}" if at else f"{path}: {told}"
 
 

@@ -242,7 +242,7 @@ def _laid_out(
     left_out: int,
     whole: bool,
 ) -> _LaidOut:
-    supplies, shown = [], []
+    supplies, shown, sizes = [], [], []
     for name, source, number in drawn:
         lengths, images_of = source.drawn(number, patches)
         text = source.kind == "text"
@@ -251,6 +251,7 @@ def _laid_out(
         unreduced = ArrayLengths(lengths + left_out * images_of) if left_out else None
         supplies.append(Supply(name, _Spread(lengths, images_of, patches), text, unreduced))
         shown.append(images_of)
+        sizes.append(lengths)
     plan = make_plan(supplies, budget, rows, seed=0)
     blocks: list[int] = []
     number, batch = len(plan), rows.batch_rows
@@ -266,7 +267,11 @@ def _laid_out(
     source_of, example, start, lengths, *_ = numbers.reshape(int(row.size), -1).T
     step, steps = row // batch, -(-number // batch)
     first = np.cumsum([0, *map(len, shown)])[:-1]
-    images = np.where(start == 0, np.concatenate(shown)[first[source_of] + example], 0)
+    of_example = np.concatenate(shown)[first[source_of] + example]
+    images = np.where(start == 0, of_example, 0)
+    # A piece has its part of a document's patches.
+    size = np.concatenate(sizes)[first[source_of] + example]
+    texts = lengths * (1 - patches * of_example / np.maximum(size, 1))
     learnt = np.array([_learnt(source, rows) for _, source, _ in drawn])[source_of]
     ends = np.bincount(row, lengths, number)
     # Joined documents see each other, and a padded row has one example.
@@ -277,7 +282,7 @@ def _laid_out(
         times=len(plan) / number,
         sizes=np.bincount(np.arange(number) // batch),
         widths=np.maximum.reduceat(ends, np.arange(0, number, batch)),
-        targets=np.bincount(step, np.maximum(lengths - patches * images, 0) * learnt, steps),
+        targets=np.bincount(step, np.maximum(texts, 0) * learnt, steps),
         images=np.bincount(step, images, steps),
         squares=float((lengths**2).sum()),
         attended=float((seen * (seen + 1)).sum()) / 2,

@@ -169,7 +169,8 @@ def shares_report(
     """By source: planned and realised tokens, examples, passes, the largest example it has, how
     many examples are cut to fit into a row and how many tokens that leaves out.
 
-    Of documents, which go on in another row, `cut` says how many `pieces` those make that are cut.
+    Of documents, which go on in another row, `cut` says how many `pieces` those make that are cut,
+    in a long plan by what some of its blocks hold.
     """
     report: dict[str, dict[str, Any]] = {}
     for number, quota in enumerate(plan.quotas):

@@ -47,7 +47,7 @@ def read_pool(world: Path, name: str) -> Sequence[VisualExample]:
     if folder is None:
         raise FileNotFoundError(
             f"shots for {name}: {places[-1]} does not exist; put the training split's official "
-            "files there, or ask without shots"
+            "files there, or ask without shots (published.table1: --set shots=null)"
         )
     return VISUAL_FORMATS[name].read(folder)
 

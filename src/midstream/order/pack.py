@@ -134,12 +134,14 @@ class _Pieces:
 
     def _ends(self, number: int) -> list[tuple[int, int, int, int]]:
         bounds, (first, last) = self.bounds[number], self.rest[number]
+        # What begins or ends it is longer with each part.
+        begin = bisect_right(bounds, bounds[first] + self.longest, first, last + 1)
+        end = max(bisect_left(bounds, bounds[last] - self.longest, first, last), first + 1)
         runs = [
-            *((first, at) for at in range(first + 1, last + 1)),
-            *((at, last) for at in range(first + 1, last)),
+            *((first, at) for at in range(first + 1, begin)),
+            *((at, last) for at in range(end, last)),
         ]
-        found = ((bounds[high] - bounds[low], number, low, high) for low, high in runs)
-        return [one for one in found if one[0] <= self.longest]
+        return [(bounds[high] - bounds[low], number, low, high) for low, high in runs]
 
 
 def _cut(part: int, longest: int) -> list[int]:

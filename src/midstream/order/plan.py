@@ -42,6 +42,10 @@ LEAST_FULL = 990
 # Plans of up to this many blocks know each block's rows; larger ones give all blocks the same
 # number: that of the fullest of this many and spare ones.
 CHECKED_BLOCKS = 512
+# Placements are counted in this many blocks, and estimated from them in a plan of more.
+COUNTED_BLOCKS = 64
+# Raise it where rows of documents are laid out anew: a checkpoint is at one of them.
+DOCUMENT_ROWS = 2
 # Blocks that were not looked at differ by chance; a million of them stay within this.
 SPARE_DEVIATIONS = 6
 
@@ -79,9 +83,12 @@ class Filled(Kept):
         return False
 
     def num_placed(self, source: int) -> int:
-        """The placements of a source in all rows; every block is laid out for it."""
-        rows = (row for block in range(self.num_blocks) for row in self._kept(block))
-        return sum(item[0] == source for row in rows for item in row)
+        """The placements of a source in all rows, by COUNTED_BLOCKS of the blocks at most."""
+        counted = min(self.num_blocks, COUNTED_BLOCKS)
+        blocks = (number * self.num_blocks // counted for number in range(counted))
+        rows = (row for block in blocks for row in self._kept(block))
+        found = sum(item[0] == source for row in rows for item in row)
+        return found * self.num_blocks // counted
 
     def row(self, index: int) -> list[Placement]:
         """The placements of a row, by column."""

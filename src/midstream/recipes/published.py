@@ -121,10 +121,13 @@ _GATED = "since gated blocks stand between those of an OpenLM decoder alone"
 
 
 def _asked(scale: Scale, recipe: Recipe, shots: int | None) -> Evaluation:
-    """The scale's benchmarks, behind shots where nothing taught the recipe how they are asked."""
+    """The scale's benchmarks; behind shots, and fixed answers by probability, where nothing taught
+    the recipe how they are asked."""
     if recipe.instruct is not None or shots is None:
         return scale.asked
-    return scale.asked.model_copy(update={"few_shot": FewShot(num_shots=shots, layout="document")})
+    few = FewShot(num_shots=shots, layout="document")
+    fixed = "both" if scale.asked.fixed_answers == "text" else scale.asked.fixed_answers
+    return scale.asked.model_copy(update={"few_shot": few, "fixed_answers": fixed})
 
 
 def _shots_note(recipes: Sequence[Recipe], shots: int | None) -> list[str]:

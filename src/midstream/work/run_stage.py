@@ -28,6 +28,7 @@ from midstream.data.prepare import (
 from midstream.data.rows import Images, NoImages, RowDataset, plan_rows
 from midstream.launch.local import require_trackers
 from midstream.model.weights import initialise
+from midstream.order.plan import DOCUMENT_ROWS
 from midstream.study.results import RESULTS, SourceResult, StageResult, checked
 from midstream.study.stages import (
     Continue,
@@ -308,7 +309,10 @@ class StageRunner:
         """What the stage's checkpoints are of."""
         sources = {name: stage.data.source(name) for name in stage.training.budget.source_names}
         read = {name: self.ledger.result(one, SourceResult) for name, one in sources.items()}
-        return {
+        # How rows are laid out is no part of an identity: a checkpoint says at which of them it is.
+        documents = any(one.kind == "interleaved" for one in read.values())
+        rows = {"rows of documents": str(DOCUMENT_ROWS)} if documents else {}
+        return rows | {
             "format": str(FORMAT_VERSION),
             "stage": stage.identity,
             "rows of a step": str(stage.training.rows.batch_rows),
