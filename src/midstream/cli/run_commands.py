@@ -158,6 +158,7 @@ def run(
         whole = find_study(study, [*given, seeds], ledger, verify=verify)
         assert isinstance(whole, Study), "found as one before"
         run_all(more.study(whole))
+        typer.echo(f"all {len(more.seeds)} seeds: midstream report {study} (without --set)")
 
 
 def run_and_tell(
