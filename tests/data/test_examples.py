@@ -271,7 +271,7 @@ SHOWN = ("human", "<image>\nWhat?")
         (record(SHOWN, REPLY, images=["a.jpg", "b.jpg"]), "marks and pictures disagree"),
         (record(SHOWN, REPLY, images=["a.jpg", "a.jpg"]), "marks and pictures disagree"),
         (record(SHOWN, REPLY, image="a.jpg", images=["b.jpg"]), "marks and pictures disagree"),
-        (record(SHOWN, REPLY, image=7), "not a picture name"),
+        (record(SHOWN, REPLY, image=7), "<image> without a picture"),
         (record(SHOWN, REPLY, images=[{"path": 7}]), "not a picture name"),
         (record(SHOWN, REPLY, image="data:image/png;base64,@"), "not a picture name"),
         (record(SHOWN, REPLY, images=[""]), "not a picture name"),
