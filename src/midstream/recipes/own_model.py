@@ -72,14 +72,12 @@ def image_shares(
 
     `checkpoint` and each of `encoders` are folders of `midstream import` (several encoders are
     fused; none is a linear map of patches, trained along), `data` is a world (`docs/data.md`).
-    Sources of a kind have even shares; `documents` is the part of the images' share that is
-    interleaved documents, not captions. The image-text stage goes on at the checkpoint's own rate,
-    or warms up again to `rewarm_rate` where that is given. The encoder stays frozen, or is trained
-    in both stages at `encoder_rate_factor` times the rate where that is not 0. `image_size` 0 is
-    the encoder's own; pictures are letterboxed as in the paper, whatever the encoder's own files
-    say. `begin_of_text` is a token that begins each example, "none", or the tokenizer's own "rule".
-    `limit` 0 asks all questions. The projector's default is LLaVA's and features are not rounded,
-    so that the result exports as one to the last digit.
+    Sources of a kind have even shares; of the images' share `documents` is interleaved documents.
+    The image-text stage goes on at the checkpoint's rate, or warms up again to `rewarm_rate`. The
+    encoder is frozen, or trained at `encoder_rate_factor` times the rate in both stages. Pictures
+    are letterboxed, whatever the encoder's files say; 0 is its own `image_size`. `begin_of_text`
+    begins each example: a token, "none", or the tokenizer's "rule". `limit` 0 asks all questions.
+    Projector and features are such that the result exports as LLaVA to the last digit.
     """
     root, folder = Path(data).resolve(), Path(checkpoint).resolve()
     record = _checkpoint(folder, rewarm_rate)

@@ -307,18 +307,17 @@ class StageRunner:
 
     def _origin(self, stage: Trained) -> dict[str, str]:
         """What the stage's checkpoints are of."""
-        sources = {name: stage.data.source(name) for name in stage.training.budget.source_names}
-        read = {name: self.ledger.result(one, SourceResult) for name, one in sources.items()}
-        # How rows are laid out is no part of an identity: a checkpoint says at which of them it is.
-        documents = any(one.kind == "interleaved" for one in read.values())
-        rows = {"rows of documents": str(DOCUMENT_ROWS)} if documents else {}
-        return rows | {
+        names = stage.training.budget.source_names
+        read = {n: self.ledger.result(stage.data.source(n), SourceResult) for n in names}
+        found = {
             "format": str(FORMAT_VERSION),
             "stage": stage.identity,
             "rows of a step": str(stage.training.rows.batch_rows),
             "model": digest(stage.model),
             "data": digest({name: source.fingerprint for name, source in read.items()}),
         }
+        documents = any(source.kind == "interleaved" for source in read.values())
+        return found | ({"rows of documents": str(DOCUMENT_ROWS)} if documents else {})
 
     def _start(self, stage: Trained) -> Start:
         """What a stage begins from; the schedule's position comes with the checkpoint."""
