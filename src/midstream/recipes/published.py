@@ -175,7 +175,8 @@ def _fitting(scale: Scale, recipe: Recipe) -> Recipe:
     for stage in stages:
         side *= stage.side
         size = _image_size(own, side) or own.image_size
-        if at_size(own, size, owned=False).num_patches <= MOST_PATCHES:
+        # A stage on the encoder's own pictures stays, however many patches they have.
+        if side == 1 or at_size(own, size, owned=False).num_patches <= MOST_PATCHES:
             kept.append(stage)
         else:
             sides.append(f"{side:g} x the side")
