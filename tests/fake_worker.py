@@ -44,10 +44,10 @@ def meet(store: Path, stage: Stage) -> None:
 def run(store: Path, stage: Stage) -> None:
     ledger, act = Ledger(store), store.parent / "acts" / stage.name
     asked = act.read_text() if act.is_file() else ""
+    for parent in stage.parents:
+        assert ledger.is_done(parent), parent.name
     with ledger.open_stage(stage) as work:
         note(store, "begin", stage)
-        for parent in stage.parents:
-            assert ledger.is_done(parent), parent.name
         match asked:
             case "fail":
                 raise ValueError("bad luck")
@@ -94,6 +94,8 @@ def main() -> None:
             state, error = "failed", f"{type(problem).__name__}: {problem}"
         note(store, "end", stage)
         say(event="finished", stage=stage.name, state=state, error=error)
+    if "stage" in work and state == "failed":
+        sys.exit(1)
 
 
 if __name__ == "__main__":

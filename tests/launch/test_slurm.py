@@ -103,10 +103,14 @@ class Cluster:
     def disturbed(self, steps: Mapping[str, Callable[[str], object]], **settings: Any) -> Outcome:
         """Run RUN, which waits, and call what stands under "begun", or in a note, with its job."""
         self.act(RUN, "wait")
+        starts: list[str] = []
 
         def disturb(event: dict[str, Any]) -> None:
             begins = event["event"] == "started" and event["stage"] == RUN.name
             told = "begun" if begins else event.get("text", "")
+            if begins:  # a busy machine's worker may not have come to its first line yet
+                starts.append(told)
+                self.until(lambda: self.begun().count(RUN.name) >= len(starts))
             for words, act in steps.items():
                 if words in told:
                     act(self.jobs().get(RUN.name, ""))
@@ -338,15 +342,8 @@ def test_a_preempted_job_is_queued_again_and_its_stage_goes_on(cluster: Cluster)
 
 @stand_in
 def test_a_job_that_slurm_ends_uses_up_a_restart_and_then_fails_its_stage(cluster: Cluster) -> None:
-    ended: list[str] = []
-
-    def end(job: str) -> None:
-        # A busy machine's worker may not have come to its first line yet.
-        cluster.until(lambda: len(cluster.begun()) > len(ended))
-        ended.append(job)
-        cluster.slurm.end(job, "OUT_OF_MEMORY")
-
-    outcome = cluster.disturbed({"begun": end}, restarts=1)
+    steps = {"begun": lambda job: cluster.slurm.end(job, "OUT_OF_MEMORY")}
+    outcome = cluster.disturbed(steps, restarts=1)
     assert (outcome.num_done, outcome.num_failed, outcome.num_skipped) == (0, 1, 1)
     assert f"{label(RUN)} is submitted again: Slurm ended job" in cluster.notes()
     assert "as OUT_OF_MEMORY" in cluster.ledger.status(RUN)["error"]

@@ -104,11 +104,13 @@ def verdict(
     restarts_left: int = 0,
     num_forgotten: int = 0,
     parent_lost: bool = False,
+    waits_for: str = "",
 ) -> Verdict:
     """What the end of a job means for its stage: the store's word counts before Slurm's.
 
     `job` is None if Slurm does not know it, `num_forgotten` so many before it; `parent_lost` says
-    that a parent is neither done nor has a job.
+    that a parent is neither done nor has a job; `waits_for` names one whose job is still to end,
+    which a controller that forgot it does not wait for.
     """
     stage = one.row.stage
     if ledger.is_done(stage):
@@ -119,11 +121,12 @@ def verdict(
         return Verdict("failed", status["error"] or "it did not say why")
     if parent_lost or (job is not None and job.reason == NEVER):
         return Verdict("waiting")
-    if job is None:
-        forgotten = f"Slurm no longer knows job {job_id}"
+    if job is None or (waits_for and job.state == "FAILED"):
+        early = f"job {job_id} began before {waits_for} was done"
+        forgotten = f"Slurm no longer knows job {job_id}" if job is None else early
         if num_forgotten < MAX_FORGOTTEN:
             return Verdict("waiting", forgotten)
-        return Verdict("failed", f"{forgotten}, nor {MAX_FORGOTTEN} before it", unnoted=True)
+        return Verdict("failed", f"{forgotten}, like {MAX_FORGOTTEN} before it", unnoted=True)
     if status["state"] == "stopped" and is_news and job.state != "CANCELLED":
         return Verdict("waiting", f"job {job.id} was told to stop ({job.state})")
     if job.state == "COMPLETED":
@@ -303,10 +306,11 @@ class SlurmBackend:
             restarts_left=self.settings.restarts - self.restarts[name],
             num_forgotten=self.forgotten[name],
             parent_lost=any(parent.name not in self.queued for parent in parents),
+            waits_for=self.plan.labels[parents[0].name] if parents else "",
         )
         one.is_doubted = found.state == "doubted"
         if found.state == "waiting":
-            self.forgotten[name] += job is None
+            self.forgotten[name] += job is None or bool(parents)
             self.restarts[name] += found.counts
             if found.text:
                 self._note(f"{self.plan.labels[name]} is submitted again: {found.text}")
