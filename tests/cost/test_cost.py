@@ -313,6 +313,21 @@ def test_conversations_that_are_cut_to_their_rows_are_priced_as_cut(
     assert found.tokens == 2 * (700 + 30 * patches + number * row_length)
 
 
+def test_conversations_of_more_pictures_than_have_room_are_priced_with_those_that_have(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    study = make_study()
+    stage = _by_kind(study)["finetune"]
+    assert isinstance(stage, Finetune)
+    patches, length = stage.start.encoder.encoder.num_patches, stage.training.rows.row_length
+    room = length // patches
+    lengths = {"plain": [], "image": [[30, 700, 16_400]], f"{room + 2} images": [[5, 100, 2_000]]}
+    counts = {"num_examples": 35, "num_images": 30 + 5 * (room + 2), "num_tokens": 800}
+    found = cost(stage, _prepared(study, tmp_path, chats={**counts, "lengths": lengths}))
+    assert found.tokens == 2 * (700 + 30 * patches + 5 * min(room * patches + 20, length))
+    assert 0 < found.flops < 1e12
+
+
 def test_a_plan_counts_with_the_captions_that_the_budget_asks_for(
     make_study: MakeStudy, tmp_path: Path
 ) -> None:

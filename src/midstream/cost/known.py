@@ -52,19 +52,25 @@ class Facts:
         return int(self.tokens + self.images * patches)
 
     def fitted(self, patches: int, row_length: int) -> "Facts":
-        """The source with captions and conversations cut to rows, class by class; as it is where
-        its lengths are only expected, and where what is cut off goes on in other rows."""
+        """The source with captions and conversations cut to rows, class by class, of more pictures
+        than have room those that have; as it is where its lengths are only expected, and where what
+        is cut off goes on in other rows."""
         if self.kind in ("text", "interleaved") or self.basis == "expected":
             return self
-        shown = tuple(
-            (images, tuple(_clipped(part, row_length - images * patches) for part in lengths))
-            for images, lengths in self.shown
-        )
+        room = row_length // patches if patches else row_length
+        by_images = dict[int, Lengths]()
+        for all_images, lengths in self.shown:
+            images = min(all_images, room)
+            clipped = tuple(_clipped(part, row_length - images * patches) for part in lengths)
+            by_images[images] = (*by_images.get(images, ()), *clipped)
+        shown = tuple(by_images.items())
         if shown == self.shown:
             return self
         tokens = sum(part[1] for _, lengths in shown for part in lengths)
         targets = self.targets * tokens / max(self.tokens, 1)
-        return replace(self, tokens=tokens, targets=targets, shown=shown)
+        seen = sum(images * part[0] for images, lengths in shown for part in lengths)
+        images = min(self.images, seen)
+        return replace(self, tokens=tokens, targets=targets, images=images, shown=shown)
 
     def pooled(self, pool: int | None) -> "Facts":
         """A pool of the source, of so many of its examples, as expected of a random part."""

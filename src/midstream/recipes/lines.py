@@ -187,7 +187,7 @@ class Scale:
     `text` is the text run, or the imported checkpoints along one by their completion; `text_rates`
     are (tokens, rate) along the run that those are from, for figures. `interleaved` is the source
     of documents with pictures among their text ("": none), `talks` are further conversations of
-    fine-tuning. `captions` maps the paper's
+    fine-tuning, `most_pictures` what a conversation shows at most. `captions` maps the paper's
     names of caption sets to sources and the caption seen, `encoders` its names of encoders.
     `text_sources` is the text of the image-text stage. `by` is what shares of the image-text stage
     are of. `image_text_seed` fixes that stage where repetitions differ in fine-tuning alone, as the
@@ -220,6 +220,7 @@ class Scale:
     text_rates: tuple[tuple[int, float], ...] = ()
     interleaved: str = ""
     talks: tuple[str, ...] = ()
+    most_pictures: int = 1
     notes: tuple[str, ...] = ()
     others: Mapping[str, "Scale"] = field(default_factory=dict)
 

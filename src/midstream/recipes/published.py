@@ -318,11 +318,11 @@ def _image_size(seen: AnyEncoderConfig, side: float) -> int | None:
 
 
 def _rows(scale: Scale, recipe: Recipe, rows: Rows, seen: AnyEncoderConfig) -> Rows:
-    """Rows in which as much text has room beside a picture as beside one of the encoder's own
-    size."""
+    """Rows in which as much text has room beside the most pictures that a conversation shows as
+    beside those of the encoder's own size."""
     own, projector = _own(scale, recipe), _projector(scale, recipe)
     sizes = (projector.num_features(one.num_patches) for one in (seen, own))
-    more = max(0, next(sizes) - next(sizes))
+    more = scale.most_pictures * max(0, next(sizes) - next(sizes))
     length = rows.row_length + ROW_MULTIPLE * -(-more // ROW_MULTIPLE)
     return rows.model_copy(update={"row_length": length})
 
