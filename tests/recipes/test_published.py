@@ -130,15 +130,16 @@ def test_a_second_stage_and_all_behind_it_see_pictures_of_twice_the_side(
         assert isinstance(encoder, EncoderConfig)
         assert encoder.image_size == encoder.position_size == 2 * small.image_size
         assert encoder.num_patches == 4 * small.num_patches
-    # As much text has room beside a picture, in a row of a multiple of 64 positions; as many
-    # queries look at the larger pictures as at the smaller ones.
-    positions = 0 if name == "Qwen-VL" else 27
+    # As much text has room beside a conversation's pictures, in a row of a multiple of 64 positions;
+    # as many queries look at the larger pictures as at the smaller ones.
+    each = 0 if name == "Qwen-VL" else 27
+    positions = each * pocket.most_pictures
     last = [(chat, pocket.finetune_rows)] if name == "Qwen-VL" else []
     for stage, rows in ((second, pocket.rows), *last):
         more = stage.training.rows.row_length - rows.row_length
         assert positions <= more < positions + 64
         assert more % 64 == 0
-    assert second.model.image_tokens == first.model.image_tokens + positions
+    assert second.model.image_tokens == first.model.image_tokens + each
 
 
 def test_paligemma_sees_three_sizes_where_the_largest_has_no_more_patches_than_its_own(

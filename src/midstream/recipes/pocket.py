@@ -242,9 +242,7 @@ def pocket_scale(
     )
     several = scale(world(pages=few(_PAGES, 200), albums=few(_ALBUMS, 40)), {DATACOMP_DR: pictures})
     asked = several.asked.model_copy(update={"visual_tasks": (*VISUAL_TASKS, *SEVERAL_TASKS)})
-    several = replace(
-        several, interleaved="pages", talks=("albums",), most_pictures=4, asked=asked
-    )
+    several = replace(several, interleaved="pages", talks=("albums",), most_pictures=4, asked=asked)
     return replace(main, others={"captions": captioned, "interleaved": several})
 
 
