@@ -50,6 +50,7 @@ from midstream.data.sources import Source
 
 CHUNK = 2049
 NOTHING = torch.zeros((0, 0, 0))
+SHARD_EXAMPLES = 4
 ENCODER = EncoderConfig(
     image_size=384,
     patch_size=14,
@@ -341,8 +342,12 @@ def sharded(folder: Path, shards: int, total: int) -> Source:
 
 
 def many_shards(folder: Path, shards: int, rounds: int) -> None:
-    """A random read of one shard and of many; each round has an order of its own."""
-    random, total = np.random.default_rng(0), shards
+    """A random read of one shard and of many; each round has an order of its own.
+
+    A shard holds a few examples: of one, its archive would be so small a file that the kernel keeps
+    it in smaller pieces of memory than those of the large one, which no real shard's is.
+    """
+    random, total = np.random.default_rng(0), SHARD_EXAMPLES * shards
     sources = {n: sharded(folder / str(n), n, total) for n in (1, shards)}
 
     def read(source: Source) -> int:
@@ -356,7 +361,7 @@ def many_shards(folder: Path, shards: int, rounds: int) -> None:
     times = seconds_each(sides, rounds)
     one, many = times["1"] * 1e6, times[str(shards)] * 1e6
     print(
-        f"ids and picture bytes of a random example\n  one shard{one:45.1f} us\n"
+        f"ids and picture bytes of a random example of {total:,}\n  one shard{one:45.1f} us\n"
         f"  {shards:,} shards{many:40.1f} us   ratio {many / one:.2f}; "
         f"{len(list(Path('/proc/self/fd').iterdir())):,} files open"
     )
