@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shlex
 import sys
 import time
@@ -9,9 +10,10 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
 from midstream import __version__
 from midstream.cli import (
@@ -35,7 +37,21 @@ Arguments = ParamSpec("Arguments")
 USER_ERROR_EXIT_CODE = 2
 DEMO_STUDY = "pocket.when_images_arrive"
 
+# Where the shell leaves ~/ as it is: behind = or a comma, and in quotes.
+_HOME = re.compile(r"(?:(?<=[=,])|\A)~(?=/)")
+
+
+class Commands(TyperGroup):
+    """The commands; ~/ is the home folder wherever it begins a name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments as the commands see them."""
+        home = os.path.expanduser("~")
+        return super().parse_args(ctx, [_HOME.sub(lambda _: home, text) for text in args])
+
+
 app = typer.Typer(
+    cls=Commands,
     help="When, and how, should a language model first see images?",
     no_args_is_help=True,
     add_completion=False,

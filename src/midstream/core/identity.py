@@ -78,7 +78,8 @@ def benchmark_names(world: Path) -> list[str]:
 def listed_tasks(world: Path, kind: str) -> dict[str, Any]:
     """The entries of a world.json under `kind` ("visual_tasks", "text_tasks"); {} without one."""
     path = world / "world.json"
-    found = read_json(path).get(kind, {}) if path.is_file() else {}
+    about = read_json(path) if path.is_file() else {}
+    found = about.get(kind, {}) if isinstance(about, dict) else None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: {kind!r} is no object of tasks by name (docs/data.md)")
     return found
@@ -194,8 +195,8 @@ SECTIONS: dict[str, Kind] = {
     "instruct": "instruct",
     "documents": "interleaved",
 }
-# The index that makes a folder a prepared source.
-PREPARED = "source.json"
+# The index that makes a folder a prepared source, and what lies there from the beginning on.
+PREPARED, PREPARING = "source.json", "prepare.lock"
 
 
 class SourceFingerprint(BaseModel):
@@ -253,22 +254,35 @@ def source_folders(root: Path) -> dict[str, tuple[Kind, Path]]:
         )
     listed: dict[str, tuple[Kind, Path]] = {}
     for section, kind in SECTIONS.items():
-        for folder in sorted(path for path in root.glob(f"{section}/[!.]*") if path.is_dir()):
+        for folder in sorted(path for path in root.glob(f"{section}/*") if path.is_dir()):
+            if is_hidden(folder.name):
+                continue
             if folder.name in listed:
                 raise ValueError(f"{folder}: the name {folder.name!r} is used by another source")
             listed[folder.name] = (kind, folder)
     if not listed:
-        raise FileNotFoundError(
-            f"{root} holds no source under {', '.join(SECTIONS)}; see docs/data.md"
-        )
+        raise FileNotFoundError(no_source(root, *SECTIONS))
     return listed
+
+
+def no_source(root: Path, *sections: str) -> str:
+    """What is told of a world that has no source in these sections."""
+    there = [path.name for path in sorted(root.iterdir()) if not is_hidden(path.name)]
+    return (
+        f"{root} holds no source under {', '.join(sections)}; a source is a folder there, such as "
+        f"{sections[0]}/mine, with its files (docs/data.md). There are {', '.join(there) or 'none'}"
+    )
 
 
 def source_digest(root: Path, name: str, folder: Path) -> str:
     """Sixteen digits for a source's files, and for the column of its text where one is named."""
     index = folder / PREPARED
     if index.is_file():
-        return str(read_json(index)["fingerprint"])
+        about = read_json(index)
+        if not isinstance(about, dict) or "fingerprint" not in about:
+            raise ValueError(f"{index} is none that `midstream prepare` writes; call it otherwise")
+        return str(about["fingerprint"])
+    refuse_unfinished(folder)
     listing: list[Any] = [
         [path.removeprefix(f"{folder}{os.sep}"), file_sha256(path)]
         for path in walk(folder)
@@ -276,6 +290,18 @@ def source_digest(root: Path, name: str, folder: Path) -> str:
     ]
     column = text_column(root, name)
     return digest([listing] if column is None else [listing, {"column": column}])
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raises ValueError for a folder that `midstream prepare` has begun to fill, and not finished.
+
+    What lies there is no source, and no data to make one from.
+    """
+    if (folder / PREPARING).is_file() and not (folder / PREPARED).is_file():
+        raise ValueError(
+            f"{folder} is a source that is not prepared to its end; give the `midstream prepare` "
+            "again that makes it, which goes on where it was"
+        )
 
 
 def text_column(root: Path, name: str) -> str | None:
@@ -290,7 +316,7 @@ def text_column(root: Path, name: str) -> str | None:
     form = '{"text": {"SOURCE": {"column": "NAME"}}}'
     if not isinstance(said, dict):
         raise ValueError(f"{path}: 'text' is {said!r}; write {form}")
-    there = [path.name for path in sorted(root.glob("text/[!.]*")) if path.is_dir()]
+    there = [x.name for x in sorted(root.glob("text/*")) if x.is_dir() and not is_hidden(x.name)]
     for source, values in said.items():
         if source not in there:
             near = get_close_matches(source, there, n=1)

@@ -28,7 +28,7 @@ from midstream.data.prepare_source import (
     plan_source,
     prepare_source,
 )
-from midstream.data.shard_state import TaskShare
+from midstream.data.shard_state import TaskShare, is_whole
 from midstream.data.shard_workers import Progress
 from midstream.data.shards import read_unit, units_of
 from midstream.data.sources import INDEX, Source
@@ -276,6 +276,12 @@ def _check_prepared(source: Source, kind: str, codec: TextCodec, tokenizer_file:
             f"the examples of source {source.name!r} in {source.folder} begin with {had}, those "
             f"of the plan with {has}; prepare it again"
         )
+    for shard in index["shards"]:
+        if not is_whole(place := source.folder / "shards" / shard["name"]):
+            raise ValueError(
+                f"{place} is not whole, or not there; copy the source again, or give the "
+                "`midstream prepare` again that made it"
+            )
 
 
 def _summary(source: Source) -> dict[str, Any]:

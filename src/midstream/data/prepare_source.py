@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from midstream.core.digests import walk
+from midstream.core.identity import PREPARING
 from midstream.core.storage import (
     read_json,
     remove_leftovers,
@@ -48,8 +49,6 @@ from midstream.data.shard_workers import Progress, Watch, make_shards
 from midstream.data.shards import units_of
 from midstream.data.source_writer import finish_source
 from midstream.data.sources import INDEX
-
-LOCK = "prepare.lock"
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,7 @@ def _absolute(name: str) -> str:
 @contextmanager
 def only_one(out: Path) -> Iterator[None]:
     """Raises ValueError if another process prepares a source in `out`, as this one in the block."""
-    lock = FileLock(out / LOCK, timeout=0)
+    lock = FileLock(out / PREPARING, timeout=0)
     try:
         lock.acquire()
     except Timeout:

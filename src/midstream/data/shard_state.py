@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from midstream.core.digests import PACKED, TEXT_SUFFIXES, is_note
+from midstream.core.digests import PACKED, TEXT_SUFFIXES, is_note, plain_name
 from midstream.core.storage import MANIFEST, read_json
 from midstream.data.columns import MADE_FROM, PICTURES, SHARD_INDEX
 from midstream.data.formats import conversations, read_captions, read_documents
@@ -30,7 +30,7 @@ from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX
 
 # By section; raise one when equal input would give another shard: its shards are then made anew.
-PREPARATION: dict[Section, int] = {"text": 4, "captions": 5, "conversations": 6, "documents": 5}
+PREPARATION: dict[Section, int] = {"text": 4, "captions": 5, "conversations": 7, "documents": 5}
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _made_from(path: Path) -> str | None:
     try:
         made = read_json(path / MADE_FROM)
         pictures = made.pop(PICTURES, None)
-        if pictures is None or not _is_whole(path):
+        if pictures is None or not is_whole(path):
             return None
     except FileNotFoundError:  # another task is setting it aside
         return None
@@ -243,7 +243,8 @@ def _folders(place: Path) -> list[Path]:
     return folders
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """Whether all files of a shard are there, by their sizes."""
     if not (path / MANIFEST).is_file():
         return False
     sizes = {path / name: entry["bytes"] for name, entry in read_json(path / MANIFEST).items()}
@@ -300,6 +301,7 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         "weight other than 0 and 1": "give replies a weight of 0 or 1, or none",
         "video or sound": "only texts and pictures are read; take these records out",
         "not a picture name": "give a name, base64 or {bytes, path}",
+        "picture under another key": "call it image, or images for a list",
         "empty caption": "take these records out",
         NOT_FETCHED: "img2dataset has not got these pictures; fetch them again",
         "zero-byte picture": "fetch them again, or take them out",
@@ -434,6 +436,12 @@ def notes_on(section: Section, unread: Sequence[str], read: Sequence[str]) -> It
         number = f"{len(unread):,} files are" if len(unread) > 1 else "1 file is"
         known = f"{', '.join(READ[section])}, also compressed ({', '.join(PACKED)})"
         yield f"{number} not read: {name_some(unread, 10)}; files of {section} are {known}"
+    whole = [name for name in read if plain_name(base_name(name)).endswith(_DOCUMENTS)]
+    if section == "text" and 0 < len(whole) < len(read):
+        yield (
+            f"beside lines and rows, files are read as one document each: {name_some(whole, 5)}; "
+            "give only the others if these are none"
+        )
     splits = {_NAMES.get(word, word) for name in read for word in _SPLITS.findall(name.lower())}
     if len(splits) > 1:
         yield (

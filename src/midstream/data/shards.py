@@ -9,6 +9,7 @@ from shutil import rmtree
 
 import numpy as np
 
+from midstream.core.identity import PREPARED, refuse_unfinished
 from midstream.core.storage import (
     finish_folder,
     publish_folder,
@@ -71,6 +72,8 @@ def units_of(section: Section, sources: Sequence[str], options: ReadOptions) -> 
     """
     if options.images is not None and not is_folder(options.images):
         raise FileNotFoundError(f"{options.images} is no folder of pictures; correct its name")
+    for folder in (Path(source) for source in sources if not is_url(source)):
+        _refuse_prepared(folder)
     if options.split and section != "captions":
         raise ValueError(f"{section} say no split of their records; name the files of the split")
     match section:
@@ -85,7 +88,19 @@ def units_of(section: Section, sources: Sequence[str], options: ReadOptions) -> 
     for path, times in Counter(unit.files[0] for unit in units if not unit.first).items():
         if times > 1:
             raise ValueError(f"{path} is given {times} times; give each file once")
+    for path in (unit.files[0] for unit in units if unit.files[0].endswith(f"/{MADE_FROM}")):
+        _refuse_prepared(Path(path).parents[2])
     return units
+
+
+def _refuse_prepared(folder: Path) -> None:
+    """Raises ValueError for the folder of a source that `midstream prepare` makes."""
+    refuse_unfinished(folder)
+    if (folder / PREPARED).is_file() and (folder / "shards").is_dir():
+        raise ValueError(
+            f"{folder} is a prepared source already; give the files that it was made from, or put "
+            "or link it into a world as it is"
+        )
 
 
 READERS: dict[Section, Callable[[Unit, ReadOptions], Iterator[Item]]] = {

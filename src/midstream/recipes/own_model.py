@@ -24,8 +24,14 @@ from midstream.config import (
     WarmupCosine,
 )
 from midstream.config.training import pool_of
-from midstream.core.identity import world_fingerprint
-from midstream.core.storage import read_json
+from midstream.core.digests import is_hidden, is_note
+from midstream.core.identity import (
+    SECTIONS,
+    listed_tasks,
+    no_source,
+    source_folders,
+    world_fingerprint,
+)
 from midstream.recipes.lines import END_RATE, finetuned_line, finetuning, text_only
 from midstream.study.imported import ImportRecord, as_imported, load_model, read_import
 from midstream.study.stages import (
@@ -119,7 +125,9 @@ def image_shares(
         question="What share of images should this language model see?",
         lines=tuple(lines),
         figure=Figure(x="image_share", x_label="images in the image-text stage (% of tokens)"),
-        baselines={"as imported": Evaluate(of=text, evaluation=text_only(asked))},
+        baselines={"as imported": Evaluate(of=text, evaluation=text_only(asked))}
+        if asked.text_tasks
+        else {},
     )
 
 
@@ -196,11 +204,13 @@ def _schedule(rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
 
 def _asked(root: Path, limit: int, max_new_tokens: int) -> Evaluation:
     """All tasks of a world, but for those that shots of others are drawn from."""
-    tasks = read_json(root / "world.json")
-    pools = set(map(pool_of, tasks["visual_tasks"]))
+    visual, texts = (listed_tasks(root, kind) for kind in ("visual_tasks", "text_tasks"))
+    if not (visual or texts):
+        raise ValueError(f"{root / 'world.json'} lists no task to ask; see docs/data.md")
+    pools = set(map(pool_of, visual))
     return Evaluation(
-        visual_tasks=tuple(task for task in tasks["visual_tasks"] if task not in pools),
-        text_tasks=tuple(tasks["text_tasks"]),
+        visual_tasks=tuple(task for task in visual if task not in pools),
+        text_tasks=tuple(texts),
         limit=limit or None,
         max_new_tokens=max_new_tokens,
     )
@@ -266,7 +276,15 @@ def _mixture(
 
 
 def _sources(root: Path, section: str) -> tuple[str, ...]:
-    names = tuple(sorted(path.name for path in root.glob(f"{section}/*") if path.is_dir()))
+    kind, listed = SECTIONS[section], source_folders(root)
+    for path in sorted(root.glob(f"{section}/*")):
+        # A link to nowhere too, such as to a disk that is not mounted.
+        if not (path.is_dir() or is_hidden(path.name) or is_note(path.name)):
+            raise ValueError(
+                f"{path} is no source, which is a folder; put it into one, such as {section}/mine, "
+                "or take it away"
+            )
+    names = tuple(name for name, (found, _) in sorted(listed.items()) if found == kind)
     if not names:
-        raise FileNotFoundError(f"{root} has no source under {section}/; see docs/data.md")
+        raise FileNotFoundError(no_source(root, section))
     return names

@@ -27,14 +27,22 @@ from midstream.data.formats.records import (
     ReadOptions,
     Unit,
 )
-from midstream.data.formats.said import PAIRS, ConversationError, pair_in
+from midstream.data.formats.said import PAIRS, PICTURE_KEYS, ConversationError, pair_in
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_records
-from midstream.data.formats.turns import KEYS, LISTS, RATINGS, conversation_of
+from midstream.data.formats.turns import (
+    KEYS,
+    LISTS,
+    RATINGS,
+    conversation_of,
+    unread_picture,
+)
 from midstream.data.source_writer import Reject
 
 LLAVA = "llava.json"
 SUFFIXES = (".json", ".jsonl", *TABLES)
 _ID_CHARACTERS = 80
+# Rows of a table that are looked at for pictures in other columns.
+_NUM_LOOKED_AT = 32
 _PLAIN = ReadOptions()
 _URL = re.compile(rb'"https?:\\?/')
 
@@ -110,6 +118,7 @@ def _conversations_of(path: str, *, asks: bool) -> tuple[list[Unit], bool]:
                 f"{path} has the columns {names}; a conversation needs one of {', '.join(LISTS)}, "
                 f"or a pair of {pairs}"
             )
+        _refuse_unread_pictures(path, names)
         first = islice(table_records(path, KEYS), int(asks))
         return [Unit("table", (path,))], any(_has_address(*row) for row in first)
     num_records, have_urls = 0, False
@@ -123,6 +132,19 @@ def _conversations_of(path: str, *, asks: bool) -> tuple[list[Unit], bool]:
     ends = [*starts[1:], None]
     units = [Unit(name, (path,), first, last) for first, last in zip(starts, ends, strict=True)]
     return units, have_urls
+
+
+def _refuse_unread_pictures(path: str, names: Sequence[str]) -> None:
+    """Raises ValueError for a table without a column of pictures that is read, but another one."""
+    others = [name for name in names if name not in KEYS and names.count(name) == 1]
+    if not others or {*PICTURE_KEYS} & {*names}:
+        return
+    for _, row in islice(table_records(path, others), _NUM_LOOKED_AT):
+        if not isinstance(row, Reject) and (column := unread_picture(row)):
+            raise ValueError(
+                f"{path} has a column {column!r} of pictures, which is not read, and its "
+                "conversations would be text alone; call it image, or images for lists"
+            )
 
 
 def _has_address(where: str, record: dict[str, Any] | Reject) -> bool:

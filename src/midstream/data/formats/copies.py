@@ -4,15 +4,17 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
-from midstream.core.digests import PACKED, PACKED_TARS
+from midstream.core.digests import PACKED, PACKED_TARS, is_unnamed
 from midstream.data.formats.files import base_name, folder_of, is_url, read_head, read_range
 
 T = TypeVar("T")
 
 # Of two files with one name, one of these holds what the other does in another format.
 _RECORDS = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
+_LINES = (".jsonl", ".json")
 _EDGE_BYTES, _HEAD_BYTES, _COMPARED_BYTES = 2**16, 2**20, 2**22
 
 
@@ -21,7 +23,8 @@ def refuse_twins(sizes: Mapping[str, int]) -> None:
 
     That is a file beside its compressed self or beside the same in another format (by their names),
     a link and what it leads to, and a copy anywhere: a file of the same bytes, or, compressed and
-    under the same name, of bytes that begin the same. Empty files are no copies.
+    under the same name, of bytes that begin the same. So is what a local file of lines begins with
+    in a file of its own: a copy that was cut, or the first of its parts. Empty files are no copies.
     """
     for side_by_side in _alike(sizes, _place):
         raise _refusal(side_by_side, "are the same records, by their names,")
@@ -38,6 +41,15 @@ def refuse_twins(sizes: Mapping[str, int]) -> None:
         for near in _alike(named, lambda file: read_head(file, _EDGE_BYTES)):
             for copies in _alike(near, lambda file: read_head(file, _HEAD_BYTES)):
                 raise _refusal(copies, "hold the same records, once compressed,")
+
+    for near in _alike(filter(_holds_lines, filled), _first_lines):
+        for part, whole in pairwise(sorted(near, key=sizes.__getitem__)):
+            if _begins(part, whole, sizes[part]):
+                raise ValueError(
+                    f"{part} is what {whole} begins with, a part of it or a copy that was cut, and "
+                    "would count twice; remove it, and the other parts if it is one, or name the "
+                    "files to read"
+                )
 
 
 def refuse_twin_samples(samples: Iterable[Sequence[str]], sizes: Mapping[str, int]) -> None:
@@ -71,6 +83,26 @@ def _refusal(files: list[str], how: str) -> ValueError:
 
 def _is_packed(file: str) -> bool:
     return base_name(file).lower().endswith(PACKED + PACKED_TARS)
+
+
+def _holds_lines(file: str) -> bool:
+    name = base_name(file).lower()
+    return not (is_url(file) or _is_packed(file)) and (name.endswith(_LINES) or is_unnamed(name))
+
+
+def _first_lines(file: str) -> bytes | None:
+    """Two of them, since a single record may be in two files."""
+    head = read_range(file, 0, _EDGE_BYTES)
+    one, _, rest = head.partition(b"\n")
+    two, end, _ = rest.partition(b"\n")
+    return one + end + two if end else head if len(head) == _EDGE_BYTES else None
+
+
+def _begins(part: str, whole: str, size: int) -> bool:
+    steps = (
+        (first, min(_COMPARED_BYTES, size - first)) for first in range(0, size, _COMPARED_BYTES)
+    )
+    return all(read_range(part, *step) == read_range(whole, *step) for step in steps)
 
 
 def _unpacked_name(name: str) -> str:

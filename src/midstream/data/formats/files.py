@@ -19,9 +19,9 @@ from typing import IO, Any
 from urllib.parse import unquote
 
 import pyarrow
-from fsspec.compression import compr
 
 from midstream.core.digests import PACKED, is_hidden, is_note, is_unnamed, plain_name, walk
+from midstream.data.formats.packed import open_packed
 from midstream.data.formats.utf16 import AsUtf8, is_utf16
 from midstream.data.remote import (
     NUM_REQUESTS,
@@ -365,7 +365,7 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
             source: Any = (
                 pyarrow.input_stream(stream if is_url(path) else path, compression=kind)
                 if kind in ("zstd", "lz4")
-                else compr[kind](stream)
+                else open_packed(stream, kind)
             )
             stream = stack.enter_context(io.BufferedReader(source, _PIECE_BYTES))
             head = _checked(path, stream.peek, _HEAD)[:_HEAD]

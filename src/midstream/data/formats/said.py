@@ -210,7 +210,10 @@ def _role_and_content(turn: object, where: str, at: str) -> tuple[str, object]:
 
 
 def text_of(role: str, content: object, where: str, place: str) -> Said:
-    """The text of a turn, with the image mark where a part shows a picture, and those pictures."""
+    """The text of a turn, with the image mark where a part shows a picture, and those pictures.
+
+    Whole numbers are texts, as answers that count have them."""
+    content = str(content) if type(content) is int else content
     if is_absent(content) or isinstance(content, str):
         pieces = _NAMED.split(content if isinstance(content, str) else "")
         shown: list[str | bytes | int | None] = []

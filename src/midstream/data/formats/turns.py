@@ -1,11 +1,13 @@
 """What a record of a conversation says: its turns, and where in them its pictures stand."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from midstream.data.examples import IMAGE_MARK, Turn
 from midstream.data.formats.json_records import unquoted
+from midstream.data.formats.records import is_picture
 from midstream.data.formats.said import (
     ASIDE,
     BEHIND,
@@ -44,6 +46,10 @@ KEYS = (
     *(*LISTS, "id", *_SYSTEM, _HISTORY, _BOXES, *BEHIND, *ASIDE, *_BETTER, *_JUDGED),
     *(*PICTURE_KEYS, *VIDEO_KEYS, *dict.fromkeys(key for pair in PAIRS for key in pair)),
 )
+# Further keys that speak of a picture, and how files of pictures begin.
+_ABOUT_ONE = re.compile(r"(?i)(?:image|img|photo|picture|screenshot)s?(?:[ _-]?(?:ids?|\d+))?")
+_BEGINS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
+_KNOWN = frozenset(KEYS)
 # Why a question, or a system text, is left out; why a conversation is.
 NO_REPLY, EMPTY_REPLY, NO_ASKED = (
     "question without a reply",
@@ -52,6 +58,7 @@ NO_REPLY, EMPTY_REPLY, NO_ASKED = (
 )
 NO_QUESTION_LEFT = "picture without a question left"
 NO_QUESTION, NO_REPLIES = "system turn without a question", "no reply left"
+OTHER_KEY = "picture under another key"
 _DETAIL_CHARACTERS = 200
 
 
@@ -82,11 +89,15 @@ def conversation_of(record: dict[str, Any], where: str, rating: int | None = Non
 
     Raises ConversationError that names `where` if two replies are to one question, a role is
     unknown, a question is empty (but for pictures), no reply to learn is left, a picture stands
-    elsewhere than in a question, marks and pictures disagree, a pair has one of `ASIDE`, or the
-    record compares replies.
+    elsewhere than in a question or under a key that is not read, marks and pictures disagree, a
+    pair has one of `ASIDE`, or the record compares replies.
     """
     said = _said_in(record, where, rating)
     pictures = pictures_under(record, where)
+    named = any(isinstance(mark, str | bytes) for one in said for mark in one.shown)
+    if not pictures and not named and (key := unread_picture(record)):
+        detail = f"{key!r} is no key that is read; it would be text alone"
+        raise ConversationError(where, OTHER_KEY, detail)
     said = marked(said, len(pictures), where)
     first = next((n for n, one in enumerate(said) if one.role == "human"), 0)
     shown = in_places(where, [mark for one in said for mark in one.shown], pictures)
@@ -100,6 +111,22 @@ def conversation_of(record: dict[str, Any], where: str, rating: int | None = Non
         detail = ", ".join(left_out) or ("all are of weight 0" if turns else "it has no question")
         raise ConversationError(where, NO_REPLIES, detail[:_DETAIL_CHARACTERS])
     return Conversation(tuple(turns), tuple(shown[n] for n in kept), tuple(left_out))
+
+
+def unread_picture(record: Mapping[str, Any]) -> str:
+    """The first key of a record, none of `KEYS`, that shows a picture or speaks of one; "" for
+    none."""
+    others = ((key, x) for key, x in record.items() if key not in _KNOWN and not is_absent(x))
+    return next((k for k, x in others if _ABOUT_ONE.fullmatch(k) or _is_picture(x)), "")
+
+
+def _is_picture(value: object) -> bool:
+    value = value[0] if isinstance(value, list) and value else value
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value.startswith(_BEGINS)
+    return isinstance(value, str) and is_picture(value.partition("?")[0]) and "\n" not in value
 
 
 def _listed(record: dict[str, Any]) -> object:
