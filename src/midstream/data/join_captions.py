@@ -129,7 +129,8 @@ def join_captions(
     for what is missing, cut or compressed, for sets without a common uid and for an `out` that
     holds something else; `out` is then as it was.
     """
-    join = _join_of(pictures, captions, out.absolute())
+    # The folder behind a link, which a rename would put the new one in the place of.
+    join = _join_of(pictures, captions, out.resolve())
     stamp = _stamp(join)
     done = read_json(join.out / REPORT) if (join.out / REPORT).is_file() else {}
     if done.get("stamp") == stamp and all((join.out / x).is_file() for x in done["tables"]):

@@ -30,7 +30,7 @@ from midstream.data.examples import (
 from midstream.data.formats.beside import FILES
 from midstream.data.formats.conversations import conversation_units, read_conversations
 from midstream.data.formats.document_parts import document_of
-from midstream.data.formats.files import is_folder, is_url
+from midstream.data.formats.files import exists, is_folder, is_url
 from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.read_text import read_text, text_units
@@ -71,7 +71,8 @@ def units_of(section: Section, sources: Sequence[str], options: ReadOptions) -> 
     ValueError or FileNotFoundError names what cannot be read, is not there, or is given twice.
     """
     if options.images is not None and not is_folder(options.images):
-        raise FileNotFoundError(f"{options.images} is no folder of pictures; correct its name")
+        remedy = "unpack it" if exists(options.images) else "correct its name"
+        raise FileNotFoundError(f"{options.images} is no folder of pictures; {remedy}")
     for folder in (Path(source) for source in sources if not is_url(source)):
         _refuse_prepared(folder)
     if options.split and section != "captions":

@@ -20,8 +20,16 @@ from urllib.parse import unquote
 
 import pyarrow
 
-from midstream.core.digests import PACKED, is_hidden, is_note, is_unnamed, plain_name, walk
-from midstream.data.formats.packed import open_packed
+from midstream.core.digests import (
+    PACKED,
+    TEXT_SUFFIXES,
+    is_hidden,
+    is_note,
+    is_unnamed,
+    plain_name,
+    walk,
+)
+from midstream.data.formats.packed import open_packed, packed_as
 from midstream.data.formats.utf16 import AsUtf8, is_utf16
 from midstream.data.remote import (
     NUM_REQUESTS,
@@ -35,18 +43,6 @@ from midstream.data.remote import (
     system_of,
 )
 
-# How compressed files begin; of zstd also what some of its programs put before its frames.
-_BEGINS = {
-    "gzip": rb"\x1f\x8b",
-    "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
-    "xz": rb"\xfd7zXZ\x00",
-    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
-    "lz4": rb"\x04\x22\x4d\x18",
-}
-_ENDS = dict.fromkeys((".gz", ".gzip", ".bgz", ".tgz"), "gzip")
-_ENDS |= dict.fromkeys((".bz2", ".tbz", ".tbz2"), "bz2") | dict.fromkeys((".xz", ".txz"), "xz")
-_ENDS |= dict.fromkeys((".zst", ".zstd", ".tzst"), "zstd") | {".lz4": "lz4"}
-_PLAIN = re.compile(rb"(?!BZ)(\xef\xbb\xbf)?[\t\r\n\x20-\x7e]{7}")
 # How files begin whose names do not say what they are.
 _STARTS = {
     ".parquet": rb"PAR1",
@@ -58,6 +54,8 @@ _HEAD = 16
 _DAMAGE = (EOFError, OSError, UnicodeError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 # A file in place of another: version https://git-lfs.github.com/spec/v1, oid, size.
 _POINTER, _POINTER_BYTES = b"version https://", 512
+# What servers send in place of a file; a text may begin so.
+_PAGES, _DOCUMENTS = (b"<!doctype html", b"<html", b"<?xml"), TEXT_SUFFIXES["txt"]
 MAX_LINE_BYTES = 256 * 2**20
 _PIECE_BYTES = 2**20
 _MAGIC = re.compile(r"[*?[]")
@@ -338,18 +336,20 @@ def open_whole(path: str) -> Iterator[tuple[IO[bytes], int, bool]]:
 
 
 def packing(path: str, head: bytes) -> str:
-    """What a file that begins with `head` is compressed with; "" if it is not.
+    """What a file that begins with `head` is compressed with (`packed_as`).
 
-    One that is named as if it were, and begins like no text, is a damaged one. Raises ValueError
-    for what stands for a file that was not fetched.
+    Raises ValueError for what stands for a file that was not fetched, such as a page about it.
     """
     if head == _POINTER and size_of(path) < _POINTER_BYTES:
         raise ValueError(
             f"{path} is not the file but a pointer of Git LFS to it; run git lfs pull in its folder"
         )
-    begins = (kind for kind, pattern in _BEGINS.items() if re.match(pattern, head, re.DOTALL))
-    named = (kind for end, kind in _ENDS.items() if base_name(path).lower().endswith(end))
-    return next(begins, "" if _PLAIN.match(head) else next(named, ""))
+    if head.lower().startswith(_PAGES) and not plain_name(base_name(path)).endswith(_DOCUMENTS):
+        raise ValueError(
+            f"{path} is not the file but a page or an answer of a server; fetch the file itself (a "
+            "hub's addresses of files have /resolve/, those of pages /blob/)"
+        )
+    return packed_as(base_name(path), head)
 
 
 @contextmanager
@@ -369,7 +369,7 @@ def unpacked(path: str) -> Iterator[io.BufferedReader]:
             )
             stream = stack.enter_context(io.BufferedReader(source, _PIECE_BYTES))
             head = _checked(path, stream.peek, _HEAD)[:_HEAD]
-            if any(re.match(pattern, head, re.DOTALL) for pattern in _BEGINS.values()):
+            if packed_as("", head):
                 raise ValueError(f"{path} is compressed twice; unpack it once, and give the result")
         if is_utf16(_checked(path, stream.peek, 4)[:4]):
             stream = stack.enter_context(io.BufferedReader(AsUtf8(stream), _PIECE_BYTES))

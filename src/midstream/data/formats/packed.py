@@ -1,17 +1,40 @@
-"""Files of gzip, bzip2 and xz, which may be several streams one behind the other."""
+"""Compressed files: how they are told, and what several streams one behind the other hold."""
 
 import bz2
 import io
 import lzma
+import re
 from collections.abc import Callable
 from gzip import GzipFile
 from typing import IO, Any
 
+# How compressed files begin; of zstd also what some of its programs put before its frames.
+_BEGINS = {
+    "gzip": rb"\x1f\x8b",
+    "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    "xz": rb"\xfd7zXZ\x00",
+    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+    "lz4": rb"\x04\x22\x4d\x18",
+}
+_ENDS = dict.fromkeys((".gz", ".gzip", ".bgz", ".tgz"), "gzip")
+_ENDS |= dict.fromkeys((".bz2", ".tbz", ".tbz2"), "bz2") | dict.fromkeys((".xz", ".txz"), "xz")
+_ENDS |= dict.fromkeys((".zst", ".zstd", ".tzst"), "zstd") | {".lz4": "lz4"}
+_PLAIN = re.compile(rb"(?!BZ)(\xef\xbb\xbf)?[\t\r\n\x20-\x7e]{7}")
 _PIECE_BYTES = 2**20
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "bz2": bz2.BZ2Decompressor,
     "xz": lzma.LZMADecompressor,
 }
+
+
+def packed_as(name: str, head: bytes) -> str:
+    """What a file of this name that begins with `head` is compressed with; "" if it is not.
+
+    One that is named as if it were, and begins like no text, is a damaged one.
+    """
+    begins = (kind for kind, pattern in _BEGINS.items() if re.match(pattern, head, re.DOTALL))
+    named = (kind for end, kind in _ENDS.items() if name.lower().endswith(end))
+    return next(begins, "" if _PLAIN.match(head) else next(named, ""))
 
 
 def open_packed(stream: IO[bytes], kind: str) -> Any:
