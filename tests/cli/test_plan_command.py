@@ -163,3 +163,15 @@ def test_a_plan_says_what_image_text_training_is_beside_fine_tuning(tmp_path: Pa
     assert "5.2 to 1 in pictures (1.5 to 1)" in once
     both = planned("paper.figure_4", "--set", "epochs=[1,4]", *settings).stdout
     assert "image-text to fine-tuning: 5.1 to 21 in tokens" in both
+
+
+def test_home_is_meant_also_where_the_shell_leaves_it(tmp_path: Path) -> None:
+    runner = CliRunner(env={"HOME": str(tmp_path), "COLUMNS": "400"})
+    for arguments in (
+        ["report", "mine", "--store=~/none"],
+        ["plan", "own_model.fine_tuning", "--set", "model=~/none", "--set", "data=~/none"],
+        ["plan", "~/none.py:study"],
+    ):
+        found = runner.invoke(app, arguments)
+        assert found.exit_code == 2
+        assert f"{tmp_path}/none" in found.output

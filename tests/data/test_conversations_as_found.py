@@ -1,13 +1,16 @@
 """Conversations in the layouts of other programs: what is read, what is refused, what is learnt."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from made_inputs import Put, as_json, as_lines, read_all, tokenizer_file
+from pyarrow import parquet
 
 from inputs import png, tar
 from midstream.data.examples import TextCodec, Turn, conversation_example
@@ -48,6 +51,7 @@ PAIRED: list[tuple[Record, Conversation]] = [
     ({"query": "<image>Q?", "response": "R.", "images": ["a"], "history": None}, asked("Q?", "a")),
     ({"image_url": "http://a", "question": "Q?", "answer": "R."}, asked("Q?", "http://a")),
     ({"label": False, "question": "Q?", "answer": "R."}, asked("Q?")),
+    ({"question": "Q?", "answer": 3}, Conversation((Turn("Q?", "3"),))),
     ({"image": "a", "prefix": "Q?", "suffix": "R."}, asked("Q?", "a")),
     ({"prompt": "Q?", "completion": "R.", "system": "S."}, SYSTEM),
     ({"prompt": [{"role": "system", "content": "S."}, ask("Q?")], "completion": "R."}, SYSTEM),
@@ -162,6 +166,14 @@ def test_pictures_are_found_where_other_programs_name_and_mark_them(
         (talk(ask("Q?"), {"role": "oracle", "content": "R."}), "unknown role"),
         ({"image": "a", "question": "Q?", "answer": ["R.", "r"]}, "more than one reply"),
         ({"image": "a", "question": "Q?", "answers": ["R."]}, "no conversation"),
+        ({"question": "Q?", "answer": 3.0}, "no conversation"),
+        # What would be learnt as text alone.
+        (talk(ask("Q?"), reply("R."), photo="1"), "picture under another key"),
+        (talk(ask("Q?"), reply("R."), Image="a.jpg"), "picture under another key"),
+        (talk(ask("<image>Q?"), reply("R."), image_1=["a"]), "picture under another key"),
+        ({"image_id": 458752, "question": "Q?", "answer": "R."}, "picture under another key"),
+        (talk(ask("Q?"), reply("R."), scan=["b/a.png"]), "picture under another key"),
+        (talk(ask("Q?"), reply("R."), scan={"bytes": png(1)}), "picture under another key"),
         (talk(ask([["Q?"]]), reply("R.")), "no conversation"),
         (talk(ask([None, "Q?"]), reply("R.")), "no conversation"),
     ],
@@ -172,6 +184,34 @@ def test_what_would_be_learnt_wrongly_is_refused_with_its_reason(
     with pytest.raises(ConversationError) as caught:
         conversation_of(record, "here")
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"id": "a.jpg", "image_id": None, "image_1": "", "num_images": 0},
+        {"source": "a.jpg or b.jpg\nc.jpg", "blob": b"abc", "image_size": [2, 3]},
+    ],
+)
+def test_what_speaks_of_no_picture_leaves_a_text_alone(others: Record) -> None:
+    assert conversation_of(talk(ask("Q?"), reply("R."), **others), "here") == asked("Q?")
+
+
+def test_a_key_beside_the_pictures_that_are_read_is_nothing() -> None:
+    found = conversation_of(talk(ask("Q?"), reply("R."), image="a", mask="a.png"), "here")
+    assert found == asked("Q?", "a")
+
+
+@pytest.mark.parametrize("first", [png(1), None])
+def test_pictures_in_a_column_that_is_not_read_are_refused_by_its_name(
+    put: Put, first: bytes | None
+) -> None:
+    rows = [{"decoded": {"bytes": held, "path": None}} for held in (first, png(1))]
+    stream = io.BytesIO()
+    table = [row | {"question": "Q?", "answer": "R."} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(table), stream)
+    with pytest.raises(ValueError, match=r"a\.parquet has a column 'decoded' of pictures, which"):
+        read_all("conversations", put("a.parquet", stream.getvalue()))
 
 
 def test_replies_before_the_first_question_are_left_out_and_counted() -> None:

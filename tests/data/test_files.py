@@ -9,7 +9,7 @@ import os
 import random
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -532,3 +532,16 @@ def test_names_in_braces_are_asked_for_at_once_and_once(monkeypatch: pytest.Monk
 def test_what_is_asked_of_a_server_is_no_part_of_a_name() -> None:
     assert full_name("https://host/a.tar.gz?download=true") == "a.tar"
     assert full_name("https://host/a.parquet?X=b/c#d") == "a.parquet"
+
+
+@pytest.mark.parametrize(("name", "pack"), [("a.xz", lzma.compress), ("a.bz2", bz2.compress)])
+def test_what_follows_on_a_packed_stream_is_read_or_refused(
+    put: Put, name: str, pack: Callable[[bytes], bytes]
+) -> None:
+    one, two = pack(b"one\n" * 9), pack(b"two\n")
+    for padding in (b"", b"\0" * 8):
+        path = put(name, one + padding + two + padding)
+        assert list(read_lines(path)) == [b"one\n"] * 9 + [b"two\n"]
+    for rest in (b"no stream at all", bytes([two[0] ^ 1]) + two[1:], two[:-1], two[:3]):
+        with pytest.raises(ValueError, match=r"is cut short or damaged"):
+            list(read_lines(put(name, one + rest)))

@@ -571,3 +571,86 @@ def test_a_caption_beside_another_of_its_picture_is_not_lost(tmp_path: Path) -> 
     (found,) = read_all("captions", str(tmp_path))
     assert outcome([found]) == ["- member there twice"]
     assert {"0.jpg.txt", "0.txt"} <= {Path(name).name for name in found.detail.split()}
+
+
+# What is no input, or half of one.
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"all.jsonl": (0, 9), "all.jsonl.00": (0, 5), "all.jsonl.01": (5, 9)},
+        {"all.jsonl": (0, 9), "xaa": (0, 5), "xab": (5, 9)},
+        {"a/all.jsonl": (0, 9), "b/all.jsonl": (0, 5)},
+    ],
+)
+def test_a_file_beside_its_own_parts_is_refused(
+    tmp_path: Path, files: dict[str, tuple[int, int]]
+) -> None:
+    for name, (first, last) in files.items():
+        write(tmp_path / "in" / name, as_lines([{"text": f"text {n}"} for n in range(first, last)]))
+    whole, first, *_ = (tmp_path / "in" / name for name in files)
+    with pytest.raises(ValueError, match=rf"{first} is what {whole} begins with, .* count twice"):
+        run("text", tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_that_was_cut_is_refused_and_files_that_begin_alike_are_not(tmp_path: Path) -> None:
+    data = as_lines([{"text": f"text {n}"} for n in range(500)])
+    write(tmp_path / "in/a.jsonl", data)
+    write(tmp_path / "in/b.jsonl", data[:7_000] + b"\n" + data[:10])
+    write(tmp_path / "in/one.jsonl", data[: data.index(b"\n") + 1])
+    assert (
+        run("text", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.01)["records"] > 800
+    )
+    write(tmp_path / "in/a (1).jsonl", data[:9_000])
+    with pytest.raises(ValueError, match=r"a \(1\)\.jsonl is what .*/a\.jsonl begins with"):
+        run("text", tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("section", ["text", "conversations", "captions"])
+def test_a_prepared_source_is_no_input(tmp_path: Path, section: Any) -> None:
+    write(tmp_path / "in/a.jsonl", as_lines([{"text": "a"}, {"text": "b"}]))
+    made = tmp_path / "made"
+    run("text", tmp_path / "in", made)
+    with pytest.raises(ValueError, match=r"/made is a prepared source already; give the files"):
+        run(section, made, tmp_path / "out")
+    (made / "source.json").unlink()
+    with pytest.raises(ValueError, match=r"/made is a source that is not prepared to its end; "):
+        run(section, made, tmp_path / "out")
+    # The remedy.
+    run("text", tmp_path / "in", made)
+
+
+def test_a_prepared_source_beside_texts_is_no_text(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.jsonl", as_lines([{"text": "a"}]))
+    run("text", tmp_path / "in", tmp_path / "made")
+    shutil.move(tmp_path / "made", tmp_path / "in/made")
+    with pytest.raises(ValueError, match=r"in/made is a prepared source already"):
+        run("text", tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.zst", "train.json"])
+def test_a_page_in_place_of_a_file_is_told(put: Put, name: str) -> None:
+    page = put(name, b'<!DOCTYPE html>\n<html class="">' + b" " * 100)
+    with pytest.raises(ValueError, match=rf"{name} is not the file but a page .* /resolve/"):
+        read_all("text", page)
+    assert read_all("text", put("page.txt", b"<html></html>"))[0].text == "<html></html>"
+
+
+def test_documents_beside_lines_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.jsonl", as_lines([{"text": "a"}]))
+    write(tmp_path / "in/urls.txt", b"https://example.org")
+    notices: list[str] = []
+    run("text", tmp_path / "in", tmp_path / "out", notice=notices.append)
+    assert [note.partition(";")[0] for note in notices] == [
+        "beside lines and rows, files are read as one document each: in/urls.txt"
+    ]
+
+
+def test_pictures_in_an_archive_are_asked_for_unpacked(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", as_lines(LINES))
+    write(tmp_path / "pictures.zip", b"PK")
+    options = ReadOptions(images=str(tmp_path / "pictures.zip"))
+    with pytest.raises(FileNotFoundError, match=r"pictures\.zip is no folder .*; unpack it"):
+        run("captions", tmp_path / "a.jsonl", tmp_path / "out", options=options)

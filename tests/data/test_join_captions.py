@@ -284,3 +284,14 @@ def test_uids_that_are_counted_up_fall_evenly_into_partitions() -> None:
     assert sizes.min() > 800
     assert sizes.max() < 1200
     assert partition_of(uids.slice(100), 8).tolist() == partition_of(uids, 8)[100:].tolist()
+
+
+def test_a_set_behind_a_link_is_written_there(tmp_path: Path) -> None:
+    write_sets(tmp_path, [[1]], [[1]])
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to("large")
+    for captions in ([[1]], [[1, 2]]):
+        write_sets(tmp_path, [[1]], captions)
+        assert joined(tmp_path)["joined"] == 1
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "large/000000.parquet").is_file()

@@ -334,6 +334,30 @@ def test_a_prepared_source_among_those_of_another_kind_is_refused(
         prepared(root, tmp_path / "out", tokenizer)
 
 
+def test_a_prepared_source_that_is_not_whole_is_refused_before_it_is_used(
+    root: Path, tmp_path: Path
+) -> None:
+    prepared(root, tmp_path / "first")
+    tokenizer = tokenizer_of(tmp_path / "first")
+    replace_by_prepared(root, tmp_path, ["captions/pics"], tokenizer.path)
+    made = root / "captions/pics"
+    tokens = made / "shards/000000/tokens.bin"
+    data = tokens.read_bytes()
+    tokens.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=r"pics/shards/000000 is not whole, .*; copy the source"):
+        prepared(root, tmp_path / "out", tokenizer)
+    tokens.write_bytes(data)
+    index = (made / "source.json").read_text()
+    (made / "source.json").unlink()
+    with pytest.raises(ValueError, match=r"pics is a source that is not prepared to its end; give"):
+        world_of(root)
+    (made / "source.json").write_text('{"url": "https://example.org"}')
+    with pytest.raises(ValueError, match=r"pics/source\.json is none that `midstream prepare`"):
+        world_of(root)
+    (made / "source.json").write_text(index)
+    prepared(root, tmp_path / "out", tokenizer)
+
+
 def test_the_fingerprint_of_a_world_reads_no_byte_of_a_prepared_source(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Somebody's checkpoint and encoder, through every stage and out again."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,36 @@ def test_another_import_under_the_same_name_is_noticed(
     with pytest.raises(ValueError, match="the plan was made with"):
         tiny.run_missing(ledger, loaded)
     assert json.loads((ledger.folder(loaded) / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_world_may_lack_a_kind_of_task_and_what_is_no_source_is_told(
+    folders: dict[str, str], world: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "world"
+    shutil.copytree(world, root)
+    about = json.loads((root / "world.json").read_text())
+    (root / "world.json").write_text(json.dumps({"visual_tasks": about["visual_tasks"]}))
+    (root / "text/.ipynb_checkpoints").mkdir()
+    (root / "captions/@eaDir").mkdir()
+    (root / "text/README.md").write_text("mine")
+    made = study(folders, str(root))
+    assert made.lines[0].result.evaluation.text_tasks == ()
+    assert not made.baselines
+    _, continued, _ = stages(made)
+    assert {share.source for share in continued.training.budget.shares} == {"pictures", "web"}
+    (root / "world.json").write_text('{"visual_tasks": ["pope"]}')
+    with pytest.raises(ValueError, match=r"world\.json: 'visual_tasks' is no object of tasks"):
+        study(folders, str(root))
+    (root / "world.json").unlink()
+    with pytest.raises(ValueError, match=r"world\.json lists no task to ask"):
+        study(folders, str(root))
+    for name in ("text/part.jsonl", "instruct/more"):
+        (root / name).symlink_to("nowhere")
+        with pytest.raises(ValueError, match=rf"{name} is no source, which is a folder; put it"):
+            study(folders, str(root))
+        (root / name).unlink()
+    shutil.move(root / "instruct", root / "conversations")
+    with pytest.raises(
+        FileNotFoundError, match=r"no source under instruct; .* are .*conversations"
+    ):
+        study(folders, str(root))
