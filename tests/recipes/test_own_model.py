@@ -297,6 +297,7 @@ def test_a_world_may_lack_a_kind_of_task_and_what_is_no_source_is_told(
     (root / "world.json").unlink()
     with pytest.raises(ValueError, match=r"world\.json lists no task to ask"):
         study(folders, str(root))
+    (root / "world.json").write_text(json.dumps(about))
     for name in ("text/part.jsonl", "instruct/more"):
         (root / name).symlink_to("nowhere")
         with pytest.raises(ValueError, match=rf"{name} is no source, which is a folder; put it"):
