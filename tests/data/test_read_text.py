@@ -118,6 +118,14 @@ def test_a_plain_text_file_is_one_document_without_mark_and_carriage_returns(put
     assert texts(read(put("long.txt", long.encode()))) == [long]
 
 
+def test_lines_of_a_mark_alone_part_a_plain_text_file(put: Put) -> None:
+    end = "<|endoftext|>"
+    path = put("stories.txt", f"\nOne.\n\n{end}\r\nTwo {end} goes on.\n{end} \n".encode())
+    found = read(path)
+    assert texts(found) == ["One.", f"Two {end} goes on."]
+    assert [item.where for item in found] == [f"{path}, document {n}" for n in (0, 1)]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_another_field_or_column_can_hold_the_text(put: Put, name: str) -> None:
     write = lines if name.endswith("jsonl") else parquet

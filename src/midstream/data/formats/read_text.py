@@ -56,6 +56,8 @@ _OF_IDS = (
     "from"
 )
 _INDEX = re.compile(rb'\s*\{\s*"(shards|chunks)"\s*:')
+# What parts the documents of one file of text, on a line of its own.
+_END = re.compile(r"(?m)^<\|endoftext\|>[ \t]*$")
 NO_IDS, EMPTY = "not a list of token ids", "empty text"
 _MEMBERS = (".txt", ".json", ".json.gz")
 _MAX_UNPACKED_BYTES = 64 * 2**20
@@ -155,9 +157,10 @@ def text_units(sources: Sequence[str]) -> list[Unit]:
 def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     """The records of a unit in the order of its file: documents, tokenised chunks, or why not.
 
-    Blank lines are no records; a .txt or .tex file is one document with line ends "\\n". Raises
-    ValueError that names the file if it is cut short, damaged, not of its format, without the
-    column of the text, or holds another number of chunks than its manifest says.
+    Blank lines are no records; a .txt or .tex file is one document with line ends "\\n", or those
+    that lines of <|endoftext|> part. Raises ValueError that names the file if it is cut short,
+    damaged, not of its format, without the column of the text, or holds another number of chunks
+    than its manifest says.
     """
     return _READERS[unit.format](unit, options)
 
@@ -317,7 +320,14 @@ def _read_txt(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     except UnicodeDecodeError as error:
         yield Reject(path, NOT_UTF8, str(error))
         return
-    yield _document(path, text.replace("\r\n", "\n"))
+    first, *others = _END.split(text.replace("\r\n", "\n"))
+    if not others:
+        yield _document(path, first)
+        return
+    for number, part in enumerate([first, *others]):
+        # Nothing stands behind the last one.
+        if part := part.strip("\n"):
+            yield _document(f"{path}, document {number}", part)
 
 
 def _document(where: str, text: str) -> TextRecord | Reject:
