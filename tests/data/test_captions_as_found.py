@@ -316,3 +316,18 @@ def test_a_list_that_is_no_list_of_pictures_says_what_to_do(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read(write(tmp_path / name, data))
+
+
+def test_a_caption_inside_another_field_is_named_with_dots(tmp_path: Path) -> None:
+    options = ReadOptions(text_key="json.prompt")
+    inner = [{"prompt": "a"}, {"prompt": ["b", "c"]}, {"other": "d"}]
+    (tmp_path / "0.png").write_bytes(png(0))
+    listed = tmp_path / "list.json"
+    listed.write_bytes(as_json([{"image": "0.png", "json": one} for one in inner]))
+    columns = {"jpg": [png(n) for n in range(3)], "json": [json.dumps(one) for one in inner]}
+    texts = write_table(tmp_path / "texts.parquet", columns)
+    for path in (texts, str(listed)):
+        assert outcome(read(path, options)) == ["a", "b", "c", "- no caption"]
+    columns = {"jpg": [png(0)], "json": inner[:1]}
+    structs = write_table(tmp_path / "structs.parquet", columns)
+    assert outcome(read(structs, options)) == ["a"]

@@ -146,7 +146,7 @@ def read_table(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Rej
         elif row[image] is None and str(row.get(_STATUS)).startswith(_FAILED):
             yield Reject(where, NOT_FETCHED, ", ".join(str(row.get(name)) for name in _FETCHING))
         else:
-            yield from pictures.records(where, row[text], row[image])
+            yield from pictures.records(where, field_of({text: row[text]}, options), row[image])
 
 
 def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
@@ -157,7 +157,9 @@ def caption_columns(path: str, options: ReadOptions) -> tuple[str, str]:
     # Pictures come before names of pictures.
     held = [name for name in PICTURE_KEYS if name in kinds and not _is_text(kinds[name])]
     image = picture_key(kinds, (*held, *PICTURE_KEYS)) or picture_key(schema.names)
-    caption = named(list(kinds), text_keys(options)) or named(schema.names, text_keys(options))
+    outer, dot, _ = options.text_key.partition(".")  # json.caption
+    asked = (*text_keys(options), *([outer] if dot else []))
+    caption = named(list(kinds), asked) or named(schema.names, asked)
     if image is None or caption is None:
         raise _lacking(path, schema.names, options)
     return image, caption

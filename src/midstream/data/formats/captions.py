@@ -23,10 +23,8 @@ from midstream.data.formats.files import (
     name_some,
     read_range,
 )
-from midstream.data.formats.json_records import (
-    unicode_problem,
-    unquoted,
-)
+from midstream.data.formats.json_records import inside as inside_of
+from midstream.data.formats.json_records import unicode_problem, unquoted
 from midstream.data.formats.records import (
     LARGEST_BYTES,
     CaptionRecord,
@@ -115,9 +113,10 @@ def named(names: Sequence[str], wanted: Iterable[str]) -> str | None:
 
 
 def field_of(values: dict[str, Any], options: ReadOptions) -> object:
-    """The caption in a JSON object; None if it has none."""
-    key = named(_filled(values), text_keys(options))
-    return None if key is None else values[key]
+    """The caption in an object, inside another field too (json.caption); None if it has none."""
+    if (key := named(_filled(values), text_keys(options))) is not None:
+        return values[key]
+    return inside_of(values, options.text_key.split(".")) if "." in options.text_key else None
 
 
 def shown_in(values: dict[str, Any]) -> object:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from midstream.data.formats.files import read_head, read_lines, read_pieces, unpacked
@@ -43,6 +43,14 @@ def unquoted(value: object) -> object:
     except (ValueError, RecursionError):
         return value
     return found if isinstance(found, list | dict) else value
+
+
+def inside(value: object, parts: Sequence[str]) -> object:
+    """What stands under keys inside each other (see `unquoted`); None where one is not there."""
+    for part in parts:
+        value = unquoted(value)
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def unicode_problem(text: str) -> str:
