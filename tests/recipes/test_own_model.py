@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_refused_by_name(folders: dict[str, str], world: st
         study(folders, world, checkpoint=world)
     with pytest.raises(ValueError, match="without encoders patches are projected"):
         study(folders, world, encoders=())
-    with pytest.raises(FileNotFoundError, match="has no source under documents/"):
+    with pytest.raises(FileNotFoundError, match="holds no source under documents; a source"):
         study(folders, world, documents=0.5)
     with pytest.raises(ValueError, match="documents is 2; give a part of the images' share"):
         study(folders, world, documents=2.0)
