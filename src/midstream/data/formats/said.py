@@ -165,6 +165,8 @@ def _reply(turn: Mapping[str, Any], key: str, where: str, at: str) -> Said:
     if isinstance(reply, list) and len(reply) > 1 and all(isinstance(x, str) for x in reply):
         detail = f"{at} has {len(reply)} replies under {key!r}; keep one"
         raise ConversationError(where, "more than one reply", detail)
+    # Answers that count.
+    reply = str(reply) if type(reply) is int else reply
     return replace(text_of("gpt", reply, where, at), learnt=_is_learnt(turn, where, at))
 
 
@@ -210,10 +212,7 @@ def _role_and_content(turn: object, where: str, at: str) -> tuple[str, object]:
 
 
 def text_of(role: str, content: object, where: str, place: str) -> Said:
-    """The text of a turn, with the image mark where a part shows a picture, and those pictures.
-
-    Whole numbers are texts, as answers that count have them."""
-    content = str(content) if type(content) is int else content
+    """The text of a turn, with the image mark where a part shows a picture, and those pictures."""
     if is_absent(content) or isinstance(content, str):
         pieces = _NAMED.split(content if isinstance(content, str) else "")
         shown: list[str | bytes | int | None] = []
