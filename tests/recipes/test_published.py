@@ -130,7 +130,7 @@ def test_a_second_stage_and_all_behind_it_see_pictures_of_twice_the_side(
         assert isinstance(encoder, EncoderConfig)
         assert encoder.image_size == encoder.position_size == 2 * small.image_size
         assert encoder.num_patches == 4 * small.num_patches
-    # As much text has room beside a conversation's pictures, in a row of a multiple of 64 positions;
+    # As much text has room beside a conversation's pictures, in rows of a multiple of 64 positions;
     # as many queries look at the larger pictures as at the smaller ones.
     each = 0 if name == "Qwen-VL" else 27
     positions = each * pocket.most_pictures
