@@ -139,6 +139,34 @@ def test_a_template_that_can_is_asked_for_an_answer_without_thoughts(
     assert without_thoughts("<think>\nNo, it may be") == ""
 
 
+@pytest.mark.parametrize("lacks", [("patch_size", "vision_feature_select_strategy"), ()])
+def test_what_an_older_llavas_processor_does_not_say_is_the_models(
+    expected: list[str], copied: Path, lacks: tuple[str, ...]
+) -> None:
+    path = copied / "processor_config.json"
+    held = json.loads(path.read_text())
+    for name in (*lacks, "num_additional_image_tokens"):
+        del held[name]
+    path.write_text(json.dumps(held))
+    assert answers(copied) == expected
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_an_attention_that_is_not_here_is_not_asked_for(
+    expected: list[str], copied: Path, key: str
+) -> None:
+    edit(copied / "config.json", **{key: "flash_attention_2"})
+    assert answers(copied) == expected
+
+
+def test_a_template_that_writes_the_day_writes_the_same_one_each_time(copied: Path) -> None:
+    path = copied / "chat_template.jinja"
+    day = "{% if date_string is not defined %}{% set date_string = 'today' %}{% endif %}"
+    path.write_text(day + "{{ date_string }}" + path.read_text())
+    shown = opened(copied)._rendered([{"role": "user", "content": [{"type": "text", "text": "?"}]}])
+    assert shown.startswith("26 Jul 2024")
+
+
 def test_a_head_called_head_alone_is_one(tmp_path: Path) -> None:
     config = transformers.RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2)
     model = transformers.RwkvForCausalLM(config)

@@ -76,7 +76,36 @@ def open_config(name: str, trusted: dict[str, bool]) -> Any:
     return config
 
 
-def open_processor(name: str, trusted: dict[str, bool]) -> Any:
+def without_flash(config: Any, device: str) -> None:
+    """Take back an attention that a config.json asks for and this machine has not; `transformers`
+    chooses its own."""
+    from transformers.utils import is_flash_attn_2_available
+
+    stated = str(getattr(config, "_attn_implementation", None))
+    if stated.startswith("flash_attention") and (
+        device != "cuda" or not is_flash_attn_2_available()
+    ):
+        config._attn_implementation = None
+
+
+def _complete(processor: Any, config: Any) -> None:
+    """What Llavas' processors count a picture's tokens by, from the model where they say nothing.
+
+    Older folders have none of it, as the model counted them itself.
+    """
+    tower = getattr(config, "vision_config", None)
+    if not hasattr(processor, "num_additional_image_tokens") or tower is None:
+        return
+    if processor.patch_size is None:
+        processor.patch_size = getattr(tower, "patch_size", None)
+    if processor.vision_feature_select_strategy is None:
+        told = getattr(config, "vision_feature_select_strategy", None)
+        processor.vision_feature_select_strategy = told
+    if tower.model_type == "clip_vision_model":
+        processor.num_additional_image_tokens = 1  # its class token
+
+
+def open_processor(name: str, config: Any, trusted: dict[str, bool]) -> Any:
     """A model's processor; ValueError, with what to do, where there is none that opens."""
     import transformers
 
@@ -84,6 +113,7 @@ def open_processor(name: str, trusted: dict[str, bool]) -> Any:
     try:
         processor = transformers.AutoProcessor.from_pretrained(name, **trusted)
         if isinstance(processor, transformers.ProcessorMixin):
+            _complete(processor, config)
             return processor
         lacks = f"but a {type(processor).__name__}"
     except Exception as error:  # whatever a processor's own code raises
@@ -126,7 +156,7 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
     logging.set_verbosity_error()
     try:
         model, told = auto.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except SafetensorError as error:
         raise ValueError(

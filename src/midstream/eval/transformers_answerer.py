@@ -20,6 +20,7 @@ from midstream.eval.foreign_model import (
     open_config,
     open_processor,
     open_weights,
+    without_flash,
     without_thoughts,
 )
 from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
@@ -48,6 +49,7 @@ class TransformersAnswerer:
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         trusted = {"trust_remote_code": trust_remote_code}
         self.config = open_config(name, trusted)
+        without_flash(self.config, device.type)
         # Why it cannot be asked about pictures.
         self._blind: str | None = None
         self.processor, self.tokenizer, self.model = self._open(trusted)
@@ -81,7 +83,7 @@ class TransformersAnswerer:
         else:
             kind = "AutoModelForImageTextToText"
             try:
-                processor = open_processor(self.name, trusted)
+                processor = open_processor(self.name, self.config, trusted)
             except ValueError as error:  # texts need none
                 self._blind = f"{error}, or ask it text tasks alone"
         model = open_weights(self.name, self.config, kind, options)
@@ -308,9 +310,11 @@ class TransformersAnswerer:
 
     @cached_property
     def _template(self) -> dict[str, Any]:
-        """What the template is told: where it can, to ask for an answer without thoughts."""
-        held = getattr(self.processor or self.tokenizer, "chat_template", None)
-        return {"enable_thinking": False} if "enable_thinking" in str(held) else {}
+        """What the template is told: where it can, to ask for an answer without thoughts, and no
+        date of today, which Llama 3's writes into each prompt, but the one that stands in it."""
+        held = str(getattr(self.processor or self.tokenizer, "chat_template", None))
+        told = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+        return {name: value for name, value in told.items() if name in held}
 
     @cached_property
     def _taken(self) -> set[str]:

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face, brought here and seen to be whole; LoRA adapters with their base."""
+"""Folders of Hugging Face, brought here and seen to be whole."""
 
 import filecmp
 import os
@@ -29,7 +29,6 @@ _LFS = b"version https://git-lfs"
 _WRAPPERS = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-ADAPTER = "adapter_config.json"
 # What a folder may hold in place of weights that are read: what it is, and what helps.
 _OTHERS = {
     "*.gguf": ("GGUF", "import the checkpoint that it was made of, which its model card names"),
@@ -60,7 +59,6 @@ _QUANTISED = re.compile(
     r"\.(qweight|qzeros|absmax|SCB|weight_packed|weight_scale(_inv)?|quant_state\..*)$"
 )
 _UNMERGED = re.compile(r"\.(lora_[AB]|base_layer|lora_embedding_[AB])\b")
-_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -249,6 +247,10 @@ def read_decoder(folder: Path) -> LanguageModel:
     that are missing, unexpected, packed or of another shape.
     """
     stated = read_config(folder)
+    rows = getattr(stated, "vocab_size", None)
+    if rows is not None and (getattr(stated, "pad_token_id", None) or 0) >= rows:
+        # A pad token that the tokenizer alone was given; transformers makes no model with it.
+        stated.pad_token_id = None
     try:
         config = describe(stated)
     except ValueError:
@@ -377,68 +379,3 @@ def unwrapped(
     num = sum(name != short for name, short in names.items())
     note = f"took {' and '.join(sorted(taken))} off the names of {num} tensors"
     return found, (note,) if taken else ()
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no weights of a whole model."""
-    whole = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]
-    return (folder / ADAPTER).is_file() and not whole
-
-
-def merged(folder: Path) -> LanguageModel:
-    """The base model with the adapter merged into it by `peft`, in float32.
-
-    Raises ValueError if the adapter names no base, or with the way to merge if peft is not
-    installed.
-    """
-    stated = read_json(folder / ADAPTER)
-    base = stated.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{folder / ADAPTER} names no base model; merge the adapter with its own first"
-        )
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ValueError(
-            f"{folder} is a LoRA adapter of {base}; install peft, which merges the two here, or "
-            f"merge them yourself (PeftModel.from_pretrained(base, {str(folder)!r})"
-            ".merge_and_unload().save_pretrained(...)) and import what that writes"
-        ) from None
-    from transformers import AutoModelForCausalLM
-
-    # A folder's path may be said from here, or from where the adapter lies.
-    places = (Path(base).expanduser(), folder / base)
-    here = next((one for one in places if one.is_dir()), None) or fetch(
-        base, stated.get("revision")
-    )
-    # What the base lacks would be drawn at random.
-    read_decoder(here)
-    whole = AutoModelForCausalLM.from_pretrained(
-        here, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    file = next(
-        (one for one in folder.glob("adapter_model.*")), folder / "adapter_model.safetensors"
-    )
-    # One that was trained with further tokens brings whole embeddings of its own.
-    rows = {len(one) for name, one in read_tensors(file).items() if name.endswith(_EMBEDDINGS)}
-    if rows - {whole.config.vocab_size}:
-        whole.resize_token_embeddings(max(rows), mean_resizing=False)
-    try:
-        adapted = PeftModel.from_pretrained(whole, folder)
-        if not hasattr(adapted, "merge_and_unload"):
-            raise ValueError(f"a {stated.get('peft_type')} adapter changes no weights")
-        model = adapted.merge_and_unload()
-    except Exception as error:  # whatever peft's own code raises
-        why = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{folder} cannot be merged with {base}: {why}; if it can be merged where it was "
-            "trained, import what that writes"
-        ) from None
-    config = describe(model.config)
-    return LanguageModel(
-        config,
-        decoder_tensors(config, model.state_dict(), folder),
-        notes=(f"merged with {base} by peft",),
-        tokenizer_folder=here,
-    )

@@ -358,13 +358,18 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard, names in sorted(shards.items()):
         held = read_tensors(index.parent / shard)
         if held.keys() != names:
-            lacks, holds = sorted(names - held.keys()), sorted(held.keys() - names)
+            lacks, holds = _some(names - held.keys()), _some(held.keys() - names)
             raise ValueError(
                 f"{index.parent / shard} is not the shard that {index.name} describes: it lacks "
-                f"{', '.join(lacks) or 'nothing'} and holds {', '.join(holds) or 'nothing'} unasked"
+                f"{lacks} and holds {holds} unasked"
             )
         tensors |= held
     return tensors
+
+
+def _some(names: Iterable[str]) -> str:
+    first, more = sorted(names)[:_SHOWN], len(set(names)) - _SHOWN
+    return (", ".join(first) or "nothing") + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
