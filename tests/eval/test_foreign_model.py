@@ -159,6 +159,15 @@ def test_an_attention_that_is_not_here_is_not_asked_for(
     assert answers(copied) == expected
 
 
+def test_a_question_that_the_processor_cannot_take_is_named(copied: Path) -> None:
+    pictures = [copied.parent / f"{number}.png" for number in range(2)]
+    for path in pictures:
+        Image.new("RGB", (48, 32)).save(path)
+    asked = ["What colour?", "What does <image> mean?"]
+    with pytest.raises(ValueError, match=r"cannot take the question 'What does <ima.*1\.png \(Val"):
+        written(opened(copied), asked, pictures)
+
+
 def test_a_template_that_writes_the_day_writes_the_same_one_each_time(copied: Path) -> None:
     path = copied / "chat_template.jinja"
     day = "{% if date_string is not defined %}{% set date_string = 'today' %}{% endif %}"

@@ -99,7 +99,7 @@ def _complete(processor: Any, config: Any) -> None:
     if processor.patch_size is None:
         processor.patch_size = getattr(tower, "patch_size", None)
     if processor.vision_feature_select_strategy is None:
-        told = getattr(config, "vision_feature_select_strategy", None)
+        told = getattr(config, "vision_feature_select_strategy", "default")
         processor.vision_feature_select_strategy = told
     if tower.model_type == "clip_vision_model":
         processor.num_additional_image_tokens = 1  # its class token

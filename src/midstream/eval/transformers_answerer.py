@@ -70,6 +70,7 @@ class TransformersAnswerer:
         processor, kind = None, "AutoModelForCausalLM"
         mapped = getattr(self.config, "auto_map", None) or {}
         sees = getattr(self.config, "vision_config", None) is not None
+        sees = sees or type(self.config) in transformers.AutoModelForImageTextToText._model_mapping
         if not (sees or "AutoModelForImageTextToText" in mapped):
             why = (
                 "its own code has no AutoModelForImageTextToText"
@@ -280,15 +281,41 @@ class TransformersAnswerer:
                 yield own[start : start + self.batch_size]
 
     def _inputs(self, prompts: Sequence[str], images: Images) -> dict[str, Any]:
-        """Prompts of equally many pictures, as the processor makes them."""
+        """Prompts of equally many pictures, as the processor makes them.
+
+        Raises ValueError that names a question which the processor cannot take.
+        """
         if images[0] is not None and not self._checked:
             self.check_pictures()
         self._check_template()
+        asked = [self._turns(*pair, opened=True) for pair in zip(prompts, images, strict=True)]
+        try:
+            return self._processed(asked)
+        except Exception:  # whatever a processor's own code raises
+            for prompt, image, turns in zip(prompts, images, asked, strict=True):
+                self._check_one(prompt, image, turns)
+            raise
+
+    def _check_one(
+        self, prompt: str, image: Path | Shown | None, turns: list[dict[str, Any]]
+    ) -> None:
+        try:
+            self._processed([turns])
+        except Exception as error:
+            shown = " and ".join(map(str, all_pictures(image))) or "no picture"
+            raise ValueError(
+                f"{self.name}: its processor cannot take the question {prompt[:80]!r} about "
+                f"{shown} ({type(error).__name__}: {' '.join(str(error).split())}); mend the "
+                "question or the picture, or leave it out of the benchmark's files"
+            ) from error
+
+    def _processed(self, asked: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """What the processor makes of conversations, as the model takes it."""
         options: dict[str, Any] = {"padding": True}
         if self.processor is not None:
             options = {"processor_kwargs": options}
         inputs = (self.processor or self.tokenizer).apply_chat_template(
-            [self._turns(*pair, opened=True) for pair in zip(prompts, images, strict=True)],
+            asked,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

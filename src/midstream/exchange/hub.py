@@ -1,6 +1,7 @@
 """Folders of Hugging Face, brought here and seen to be whole."""
 
 import filecmp
+import fnmatch
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from midstream.study.imported import Position
 # What a model's folder needs, and no more: repositories hold other formats and optimiser states.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "adapter_model.safetensors")
-_TORCH = ("pytorch_model.bin", "pytorch_model-*.bin")
+_TORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin")
 # Names that downloads have while they are under way.
 _UNFINISHED = ("*.incomplete", "*.part", "*.aria2", "*.crdownload")
 _LFS = b"version https://git-lfs"
@@ -51,7 +52,7 @@ _OTHERS = {
         "open_clip's files",
         "get the tower as transformers saves it, such as openai/clip-vit-large-patch14",
     ),
-    "checkpoint-*/config.json": ("checkpoints of a trainer", "give one of them"),
+    "checkpoint-*/*config.json": ("checkpoints of a trainer", "give one of them"),
     "snapshots/*/config.json": ("a model of the hub's cache", "give its snapshot, or its name"),
 }
 # Names that quantised weights have, and adapters that were not merged.
@@ -112,7 +113,11 @@ def fetch(name: str, revision: str | None) -> Path:
     page = f"https://huggingface.co/{name}"
     try:
         folder = download(_SAFETENSORS)
-        return folder if any(folder.glob("*model*.safetensors*")) else download(_TORCH)
+        if not any(folder.glob("*model*.safetensors*")):
+            folder = download(_TORCH)
+            if not any(folder.glob("*model*.bin*")):
+                _refuse_others(name, revision)
+        return folder
     except errors.RevisionNotFoundError:
         raise ValueError(
             f"{name} has no revision {revision!r}; {page}/tree/main lists them"
@@ -134,6 +139,29 @@ def fetch(name: str, revision: str | None) -> Path:
             f"cache ({HF_HUB_CACHE}), and {'HF_HUB_OFFLINE is set' if HF_HUB_OFFLINE else why}; "
             f"download it with: hf download {name}{option}"
         ) from None
+
+
+def _refuse_others(name: str, revision: str | None) -> None:
+    """ValueError that says what a hub model holds in place of weights that are read, where the hub
+    tells."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except (errors.HfHubHTTPError, OSError):
+        return
+    for pattern, (what, remedy) in _OTHERS.items():
+        of_a_folder = pattern.endswith("config.json")
+        for file in fnmatch.filter(files, pattern)[:1] if not of_a_folder else ():
+            raise ValueError(f"{name} holds {what} ({file}) and no weights that are read; {remedy}")
+    for file in sorted(one for one in files if one.endswith((".safetensors", ".bin", ".pt"))):
+        folder, slash, _ = file.rpartition("/")
+        inside = f"the folder {folder}" if slash else f"the file {file}"
+        option = f"--include '{folder}/*'" if slash else file
+        raise ValueError(
+            f"{name} has weights as {file}, which its name does not stand for; download {inside} "
+            f"with: hf download {name} {option} --local-dir DIR, and give {inside}"
+        )
 
 
 def same_weights(name: str, revision: str, folder: Path, *, ask_hub: bool) -> tuple[str, ...]:
@@ -187,7 +215,8 @@ def check_downloaded(folder: Path, *, needed: str | None) -> None:
     )
     if unfinished:
         raise FileNotFoundError(
-            f"{folder} is half downloaded: {', '.join(unfinished)}; finish the download"
+            f"{folder} is half downloaded: {', '.join(unfinished)}; finish the download, or delete "
+            "these where it is finished"
         )
     for item in sorted(one for one in folder.iterdir() if one.is_file()):
         with item.open("rb") as stream:
@@ -200,7 +229,7 @@ def check_downloaded(folder: Path, *, needed: str | None) -> None:
     if needed is not None and not ((folder / needed).is_file() and weights):
         for pattern, (what, remedy) in _OTHERS.items():
             for other in sorted(folder.glob(pattern))[-1:]:
-                shown = other.parent if other.name == "config.json" else other
+                shown = other.parent if other.name.endswith("config.json") else other
                 raise FileNotFoundError(
                     f"{folder} holds {what} ({shown.relative_to(folder)}) and no weights that are "
                     f"read; {remedy}"

@@ -255,11 +255,19 @@ def _add_stated(tokenizer: Tokenizer, folder: Path) -> None:
     stated: dict[int, AddedToken] = {}
     path = folder / "added_tokens.json"
     older = read_json(path) if path.is_file() else {}
-    for token, number in older.items() if isinstance(older, dict) else ():
-        stated[int(number)] = AddedToken(token, special=True, normalized=False)
-    for number, token in (stated_of_tokenizer(folder).get("added_tokens_decoder") or {}).items():
-        words = {key: value for key, value in token.items() if key not in ("content", "__type")}
-        stated[int(number)] = AddedToken(token["content"], **words)
+    try:
+        for token, number in older.items():
+            stated[int(number)] = AddedToken(token, special=True, normalized=False)
+        listed = stated_of_tokenizer(folder).get("added_tokens_decoder") or {}
+        for number, told in listed.items():
+            words = {key: value for key, value in told.items() if key not in ("content", "__type")}
+            stated[int(number)] = AddedToken(told["content"], **words)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{folder} has added_tokens.json or added_tokens_decoder in tokenizer_config.json in a "
+            "form that transformers does not write; let it write them anew: AutoTokenizer"
+            ".from_pretrained(...).save_pretrained(...)"
+        ) from None
     for number, added in sorted(stated.items(), key=lambda pair: pair[0]):
         if tokenizer.token_to_id(added.content) is None:
             tokenizer.add_tokens([added])

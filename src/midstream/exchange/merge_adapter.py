@@ -48,9 +48,8 @@ def merged(folder: Path) -> LanguageModel:
     whole = AutoModelForCausalLM.from_pretrained(
         here, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    file = next(
-        (one for one in folder.glob("adapter_model.*")), folder / "adapter_model.safetensors"
-    )
+    file, older = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    file = older if older.is_file() and not file.is_file() else file
     held = read_tensors(file)
     # One that was trained with further tokens brings whole embeddings of its own.
     rows = {len(one) for name, one in held.items() if name.endswith(_EMBEDDINGS)}

@@ -358,7 +358,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard, names in sorted(shards.items()):
         held = read_tensors(index.parent / shard)
         if held.keys() != names:
-            lacks, holds = _some(names - held.keys()), _some(held.keys() - names)
+            lacks, holds = some(names - held.keys()), some(held.keys() - names)
             raise ValueError(
                 f"{index.parent / shard} is not the shard that {index.name} describes: it lacks "
                 f"{lacks} and holds {holds} unasked"
@@ -367,7 +367,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
     first, more = sorted(names)[:_SHOWN], len(set(names)) - _SHOWN
     return (", ".join(first) or "nothing") + (f" and {more} more" if more > 0 else "")
 
