@@ -165,6 +165,16 @@ def test_every_form_of_file_gives_the_same_score(gqa: Path, tmp_path: Path, form
     assert row["details"]["vlm-evaluation"] == pytest.approx(1 / 3)
 
 
+def test_keys_are_read_in_any_spelling_and_answers_alone_are_told_to_be_in_order(gqa: Path) -> None:
+    said = {"102": "t-shirt", "100": "red", "101": "no"}
+    rows = [{"Question-ID": key, "Prediction": text, "note": ""} for key, text in said.items()]
+    assert score(gqa, rows)["score"] == pytest.approx(2 / 3)
+    rows = [{"key": key, "answer": text} for key, text in sorted(said.items())]
+    row = score(gqa, rows)
+    told = "nothing names the questions of these answers: matched by their order"
+    assert (row["score"], row["notes"]) == (pytest.approx(2 / 3), [told])
+
+
 def test_questions_without_a_prediction_are_refused_or_counted(gqa: Path) -> None:
     rows = [{"question_id": "100", "answer": "red"}]
     with pytest.raises(ValueError, match=r"1 of 3 questions of gqa; without an answer are 10"):

@@ -247,7 +247,10 @@ def test_torch_files_are_asked_for_only_where_there_are_no_safetensors(
     [
         (["README.md", "x-Q4_K_M.gguf"], r"a/model holds GGUF \(x-Q4_K_M.gguf\) and no weights"),
         (["final/model.safetensors"], r"hf download a/model --include 'final/\*' --local-dir DIR"),
-        (["epoch_7.pt", "README.md"], r"hf download a/model epoch_7\.pt .* give the file epoch_7"),
+        (
+            ["epoch_7.pt", "training_args.bin"],
+            r"hf download a/model epoch_7\.pt .* give the file epoch_7",
+        ),
         ([], r"has no config\.json, only nothing"),
     ],
 )

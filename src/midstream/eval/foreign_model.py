@@ -76,16 +76,23 @@ def open_config(name: str, trusted: dict[str, bool]) -> Any:
     return config
 
 
-def without_flash(config: Any, device: str) -> None:
-    """Take back an attention that a config.json asks for and this machine has not; `transformers`
-    chooses its own."""
+def amend(config: Any, device: str) -> None:
+    """Take back what a config.json asks for and cannot be had: FlashAttention on a machine without
+    it (`transformers` then chooses), a pad token without a row (it makes no model with that)."""
     from transformers.utils import is_flash_attn_2_available
 
     stated = str(getattr(config, "_attn_implementation", None))
-    if stated.startswith("flash_attention") and (
-        device != "cuda" or not is_flash_attn_2_available()
-    ):
+    has_flash = device == "cuda" and is_flash_attn_2_available()
+    if stated.startswith("flash_attention") and not has_flash:
         config._attn_implementation = None
+    for one in (config, getattr(config, "text_config", None)):
+        rows = getattr(one, "vocab_size", None)
+        if rows is not None and not _has_row(getattr(one, "pad_token_id", None), rows):
+            one.pad_token_id = None
+
+
+def _has_row(token: int | None, rows: int) -> bool:
+    return token is None or 0 <= token < rows
 
 
 def _complete(processor: Any, config: Any) -> None:
@@ -184,6 +191,9 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
     settings = getattr(model, "generation_config", None)
     for key, value in _GREEDY.items() if settings is not None else ():
         setattr(settings, key, value)
+    rows = len(model.get_input_embeddings().weight)
+    if settings is not None and not _has_row(settings.pad_token_id, rows):
+        settings.pad_token_id = None  # an answer that ended is filled up with its end
     return model
 
 

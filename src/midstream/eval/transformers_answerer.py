@@ -16,11 +16,11 @@ from midstream.data.images import decode
 from midstream.eval.answers import NotNumbers
 from midstream.eval.benchmark_records import Shot, Shown, all_pictures, places
 from midstream.eval.foreign_model import (
+    amend,
     digest_of,
     open_config,
     open_processor,
     open_weights,
-    without_flash,
     without_thoughts,
 )
 from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
@@ -49,7 +49,7 @@ class TransformersAnswerer:
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         trusted = {"trust_remote_code": trust_remote_code}
         self.config = open_config(name, trusted)
-        without_flash(self.config, device.type)
+        amend(self.config, device.type)
         # Why it cannot be asked about pictures.
         self._blind: str | None = None
         self.processor, self.tokenizer, self.model = self._open(trusted)

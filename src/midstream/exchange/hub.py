@@ -22,6 +22,7 @@ from midstream.study.imported import Position
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "adapter_model.safetensors")
 _TORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin")
+_WEIGHTS = re.compile(r".*\.safetensors|.*model[^/]*\.bin|(.*/)?epoch_\d+\.pt")
 # Names that downloads have while they are under way.
 _UNFINISHED = ("*.incomplete", "*.part", "*.aria2", "*.crdownload")
 _LFS = b"version https://git-lfs"
@@ -154,7 +155,7 @@ def _refuse_others(name: str, revision: str | None) -> None:
         of_a_folder = pattern.endswith("config.json")
         for file in fnmatch.filter(files, pattern)[:1] if not of_a_folder else ():
             raise ValueError(f"{name} holds {what} ({file}) and no weights that are read; {remedy}")
-    for file in sorted(one for one in files if one.endswith((".safetensors", ".bin", ".pt"))):
+    for file in filter(_WEIGHTS.fullmatch, sorted(files)):
         folder, slash, _ = file.rpartition("/")
         inside = f"the folder {folder}" if slash else f"the file {file}"
         option = f"--include '{folder}/*'" if slash else file

@@ -90,7 +90,8 @@ def _base_of(folder: Path, base: str, revision: str | None) -> Path:
         raise kind(
             f"the base model of the adapter {folder} cannot be read: {error}; the base is named by "
             f"{_BASE} in its {ADAPTER}: put there the folder or the hub's name of that model, "
-            "whole and not quantised"
+            "whole and not quantised, or merge the two where it was trained (merge_and_unload) and "
+            "import what that writes"
         ) from None
     return here
 
