@@ -467,7 +467,7 @@ def test_a_table_is_read_whose_answer_column_is_the_right_one(
             writer.writerow([key, f"What is {number}?", "gold", said])
     assert [one.answer for one in read_predictions(path)] == list(SAID.values())
     assert score_predictions(gqa, "gqa", path)["score"] == pytest.approx(2 / 3)
-    path.write_text(path.read_text().replace("prediction", "output_text"))
+    path.write_text(path.read_text().replace("prediction", "reply"))
     with pytest.raises(ValueError, match=r"row 2 has no answer, .* VLMEvalKit's .*add prediction$"):
         read_predictions(path)
     path.write_text(f"index{separator}prediction\n1\n")

@@ -32,6 +32,10 @@ _KEYS = {
     key.replace("_", ""): key
     for key in (*_IDS, *_ANSWERS, *_QUESTIONS, "doc_id", "filtered_resps", "image_id", "caption")
 }
+# Other names of what a model said: pred_answer, model_response, outputs.
+_SAID = re.compile(
+    r"(pred|generat|respon|output|hypothes|complet|(model|llm|vlm|final|parsed)answer)(?!.*(id|path)$)"
+)
 _SEPARATORS = "\t,;"
 _LINES = "give JSON lines of question_id and answer, or a table whose first line names its columns"
 _LAYOUTS = {
@@ -189,8 +193,12 @@ def _parquet_rows(path: Path) -> list[Sequence[Any]]:
 
 def _renamed(value: dict[str, Any]) -> dict[str, Any]:
     """A record with known keys as `_KEYS` spells them; of two spellings the exact one."""
-    names = {key: _KEYS.get(re.sub(r"[\W_]", "", str(key)).lower(), key) for key in value}
+    names = {key: _KEYS.get(_plain_key(key), key) for key in value}
     return {key if name in value else name: value[key] for key, name in names.items()}
+
+
+def _plain_key(key: Any) -> str:
+    return re.sub(r"[\W_]", "", str(key)).lower()
 
 
 def _is_record(value: dict[str, Any]) -> bool:
@@ -212,6 +220,18 @@ def _prediction(value: Any, where: str) -> Prediction:
     keys = [key for key in _ANSWERS if key in value]
     if not keys and {"image_id", "caption"} <= value.keys():
         value, keys = {"id": value["image_id"], "text": value["caption"]}, ["text"]
+    others = [
+        key
+        for key, one in value.items()
+        if key not in _KEYS.values() and isinstance(one, str) and _SAID.search(_plain_key(key))
+    ]
+    if len(others) == 1 and not keys:
+        keys = others
+    elif others and keys and not set(keys) - {"answer", "text"}:
+        raise ValueError(
+            f"{where} has {keys[0]!r} beside {others[0]!r}, and one may be the gold answer; "
+            "put the prediction under 'prediction'"
+        )
     # LLaVA's files hold the question under "prompt" and the answer under "text"; a question file
     # with answers in it the question under "text" and the answer under "answer".
     if keys == ["answer", "text"] and any(key in value for key in _QUESTIONS):
