@@ -85,7 +85,7 @@ def amend(config: Any, device: str) -> None:
     has_flash = device == "cuda" and is_flash_attn_2_available()
     if stated.startswith("flash_attention") and not has_flash:
         config._attn_implementation = None
-    for one in (config, getattr(config, "text_config", None)):
+    for one in (config, getattr(config, "text_config", None) or config):
         rows = getattr(one, "vocab_size", None)
         if rows is not None and not _has_row(getattr(one, "pad_token_id", None), rows):
             one.pad_token_id = None
