@@ -27,6 +27,7 @@ from torch.serialization import safe_globals
 from midstream.core.storage import THREADS, read_json, write_bytes
 
 WEIGHTS = "model.safetensors"
+_INDEX = ".index.json"
 # Of tensors that do not fit, an error names so many of each kind.
 _SHOWN = 3
 
@@ -327,10 +328,13 @@ def _joined(parts: Iterable[tuple[Path, dict[str, Tensor]]]) -> dict[str, Tensor
 
 
 def _in_folder(folder: Path) -> Path:
-    for name in (WEIGHTS, "pytorch_model.bin"):
-        for path in (folder / name, folder / f"{name}.index.json"):
-            if path.is_file():
-                return path
+    names = [f"{name}{end}" for name in (WEIGHTS, "pytorch_model.bin") for end in ("", _INDEX)]
+    kept = [folder / name for name in names if (folder / name).is_file()]
+    if len(kept) > 1 and kept[0].name == WEIGHTS + _INDEX and not any(folder.glob("model-*")):
+        # A hub's small files came without its safetensors, beside whole files of torch.
+        kept = kept[1:]
+    if kept:
+        return kept[0]
     held = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
     raise FileNotFoundError(
         f"{folder} holds neither {WEIGHTS} nor pytorch_model.bin, nor an index of shards of "
