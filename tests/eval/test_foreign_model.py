@@ -125,6 +125,19 @@ def test_a_pad_token_without_a_row_pads_nothing(expected: list[str], copied: Pat
     assert answers(copied) == expected
 
 
+@pytest.mark.parametrize("pad", [-1, 100_000])
+def test_a_pad_token_of_the_configs_without_a_row_fills_nothing_up(
+    expected: list[str], copied: Path, pad: int
+) -> None:
+    text = json.loads((copied / "config.json").read_text())["text_config"]
+    edit(copied / "config.json", pad_token_id=pad, text_config=text | {"pad_token_id": pad})
+    # The first answer ends with its first token.
+    peer = opened(copied)
+    first = peer.tokenizer(expected[0], add_special_tokens=False)["input_ids"][0]
+    edit(copied / "generation_config.json", pad_token_id=pad, eos_token_id=[first])
+    assert answers(copied) != expected
+
+
 def test_a_template_that_can_is_asked_for_an_answer_without_thoughts(
     expected: list[str], copied: Path
 ) -> None:
@@ -137,6 +150,43 @@ def test_a_template_that_can_is_asked_for_an_answer_without_thoughts(
     assert without_thoughts("A cat? No.</think>\n\nYes") == "Yes"
     assert without_thoughts(" Yes ") == "Yes"
     assert without_thoughts("<think>\nNo, it may be") == ""
+
+
+@pytest.mark.parametrize("lacks", [("patch_size", "vision_feature_select_strategy"), ()])
+def test_what_an_older_llavas_processor_does_not_say_is_the_models(
+    expected: list[str], copied: Path, lacks: tuple[str, ...]
+) -> None:
+    path = copied / "processor_config.json"
+    held = json.loads(path.read_text())
+    for name in (*lacks, "num_additional_image_tokens"):
+        del held[name]
+    path.write_text(json.dumps(held))
+    assert answers(copied) == expected
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_an_attention_that_is_not_here_is_not_asked_for(
+    expected: list[str], copied: Path, key: str
+) -> None:
+    edit(copied / "config.json", **{key: "flash_attention_2"})
+    assert answers(copied) == expected
+
+
+def test_a_question_that_the_processor_cannot_take_is_named(copied: Path) -> None:
+    pictures = [copied.parent / f"{number}.png" for number in range(2)]
+    for path in pictures:
+        Image.new("RGB", (48, 32)).save(path)
+    asked = ["What colour?", "What does <image> mean?"]
+    with pytest.raises(ValueError, match=r"cannot take the question 'What does <ima.*1\.png \(Val"):
+        written(opened(copied), asked, pictures)
+
+
+def test_a_template_that_writes_the_day_writes_the_same_one_each_time(copied: Path) -> None:
+    path = copied / "chat_template.jinja"
+    day = "{% if date_string is not defined %}{% set date_string = 'today' %}{% endif %}"
+    path.write_text(day + "{{ date_string }}" + path.read_text())
+    shown = opened(copied)._rendered([{"role": "user", "content": [{"type": "text", "text": "?"}]}])
+    assert shown.startswith("26 Jul 2024")
 
 
 def test_a_head_called_head_alone_is_one(tmp_path: Path) -> None:

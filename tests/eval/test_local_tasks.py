@@ -289,6 +289,11 @@ def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
         task = harness_task("winogrande", tmp_path)
         assert (task.files, task.settings["dataset_path"]) == ((path,), "json")
         path.unlink()
+    for configuration in ("winogrande_l", "winogrande_s"):
+        (tmp_path / "winogrande" / configuration).mkdir()
+        (tmp_path / "winogrande" / configuration / "validation.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"winogrande_l, winogrande_s and no folder winogrande_xl"):
+        harness_task("winogrande", tmp_path)
 
 
 def test_a_hub_that_does_not_answer_is_said_at_once(

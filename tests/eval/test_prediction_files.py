@@ -160,6 +160,28 @@ def test_an_answer_is_cleaned_in_the_same_way_in_every_layout(
         assert [(one.name, one.answer) for one in read_predictions(path)] == [("1", read)], name
 
 
+def test_a_text_in_utf_16_is_read_and_another_encoding_told(tmp_path: Path) -> None:
+    file = tmp_path / "answers.csv"
+    file.write_text("question_id,answer\n1,rouge foncé\n", encoding="utf-16")
+    assert read_predictions(file)[0].answer == "rouge foncé"
+    file.write_text("question_id,answer\n1,rouge foncé\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"no whole text file .*; save it as UTF-8, or fetch"):
+        read_predictions(file)
+
+
+def test_what_a_model_said_is_read_under_other_names_but_not_beside_an_answer(
+    tmp_path: Path,
+) -> None:
+    said = {"question_id": 1, "model_response": "red", "response_id": "a7", "pred_score": 0.5}
+    (one,) = read_predictions(lines_of(tmp_path / "a.jsonl", [said]))
+    assert (one.name, one.answer) == ("1", "red")
+    file = lines_of(tmp_path / "b.jsonl", [said | {"answer": "blue"}])
+    with pytest.raises(ValueError, match="'answer' beside 'model_response', and one may"):
+        read_predictions(file)
+    file = lines_of(tmp_path / "c.jsonl", [said | {"answer": "blue", "prediction": "green"}])
+    assert read_predictions(file)[0].answer == "green"
+
+
 @pytest.mark.parametrize("answer", [["yes", "no"], [], True, {}, float("inf"), [["a", 1]]])
 def test_what_is_no_answer_is_refused(tmp_path: Path, answer: Any) -> None:
     file = lines_of(tmp_path / "answers.jsonl", [{"id": 1, "answer": answer}])

@@ -165,6 +165,16 @@ def test_every_form_of_file_gives_the_same_score(gqa: Path, tmp_path: Path, form
     assert row["details"]["vlm-evaluation"] == pytest.approx(1 / 3)
 
 
+def test_keys_are_read_in_any_spelling_and_answers_alone_are_told_to_be_in_order(gqa: Path) -> None:
+    said = {"102": "t-shirt", "100": "red", "101": "no"}
+    rows = [{"Question-ID": key, "Prediction": text, "note": ""} for key, text in said.items()]
+    assert score(gqa, rows)["score"] == pytest.approx(2 / 3)
+    rows = [{"key": key, "answer": text} for key, text in sorted(said.items())]
+    row = score(gqa, rows)
+    told = "nothing names the questions of these answers: matched by their order"
+    assert (row["score"], row["notes"]) == (pytest.approx(2 / 3), [told])
+
+
 def test_questions_without_a_prediction_are_refused_or_counted(gqa: Path) -> None:
     rows = [{"question_id": "100", "answer": "red"}]
     with pytest.raises(ValueError, match=r"1 of 3 questions of gqa; without an answer are 10"):
@@ -457,7 +467,7 @@ def test_a_table_is_read_whose_answer_column_is_the_right_one(
             writer.writerow([key, f"What is {number}?", "gold", said])
     assert [one.answer for one in read_predictions(path)] == list(SAID.values())
     assert score_predictions(gqa, "gqa", path)["score"] == pytest.approx(2 / 3)
-    path.write_text(path.read_text().replace("prediction", "output_text"))
+    path.write_text(path.read_text().replace("prediction", "reply"))
     with pytest.raises(ValueError, match=r"row 2 has no answer, .* VLMEvalKit's .*add prediction$"):
         read_predictions(path)
     path.write_text(f"index{separator}prediction\n1\n")

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from midstream.eval.read_answers import (
+    box_note,
     choice_letter,
     letter_accuracy,
     named_option,
     read_choice,
     read_statement,
 )
-from midstream.eval.scoring import pope_note
+from midstream.eval.scoring import pope_note, to_square
 from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
 
 NAMING_B = (
@@ -105,3 +106,20 @@ def test_what_can_be_read_is_said_wherever_answers_may_be_unreadable() -> None:
     reads = {name: row.reads for name, row in VISUAL_FORMATS.items() if row.reads}
     assert {"refcoco", "vsr", "nlvr2", "tallyqa", "ai2d", "blink", "muirbench", "qa"} <= set(reads)
     assert all("is" in text.split() and "\n" not in text for text in reads.values())
+
+
+@pytest.mark.parametrize("way", ["width, height", "y1, x1", "--box-frame square", ""])
+def test_boxes_that_are_meant_otherwise_are_told(way: str) -> None:
+    golds = [(0.1, 0.5, 0.3, 0.9), (0.6, 0.1, 0.9, 0.3)]
+    examples = [
+        VisualExample(str(number), "?", Path("a.png"), list(gold), size=(640, 160))
+        for number, gold in enumerate(golds)
+    ]
+    said = {
+        "width, height": lambda a, b, c, d: [a, b, c - a, d - b],
+        "y1, x1": lambda a, b, c, d: [b, a, d, c],
+        "--box-frame square": lambda *box: list(to_square(box, 640, 160)),
+        "": lambda *box: list(box),
+    }[way]
+    note = box_note([*(str(said(*gold)) for gold in golds), "no box"], [*examples, examples[0]])
+    assert note is None if not way else note is not None and way in note

@@ -221,6 +221,20 @@ def test_pope_reads_the_splits_that_are_there_whose_question_ids_repeat(tmp_path
     examples = read("pope", tmp_path)
     assert [example.split for example in examples] == [s for s in POPE_SPLITS for _ in range(3)]
     assert len({example.example_id for example in examples}) == 9
+    shutil.copy(tmp_path / POPE, (tmp_path / POPE).with_suffix(".jsonl"))
+    with pytest.raises(ValueError, match=r"holds coco_pope_random\.jsonl in another form, too"):
+        read("pope", tmp_path)
+
+
+def test_each_of_karpathys_lists_is_its_own_benchmarks_where_all_lie_together(
+    tmp_path: Path,
+) -> None:
+    for name in ("coco_captions", "flickr30k"):
+        lay_out(tmp_path, name)
+    shutil.copy(tmp_path / "dataset_coco.json", tmp_path / "dataset_flickr8k.json")
+    for name in ("coco_captions", "flickr30k"):
+        (example,) = read(name, tmp_path, pictures=False)
+        assert example.example_id == READ[name][1]
 
 
 def test_pictures_may_lie_in_images_under_the_names_that_coco_gave_them(tmp_path: Path) -> None:
@@ -410,6 +424,16 @@ def test_several_files_that_could_be_meant_are_refused(tmp_path: Path) -> None:
         (tmp_path / f"vqa_questions_{part}.gzip").write_bytes(gzip.compress(b"{}"))
     with pytest.raises(ValueError, match="several files like"):
         read("vqav2", tmp_path)
+
+
+def test_of_both_subsets_as_downloaded_the_one_that_is_asked_is_read(tmp_path: Path) -> None:
+    for folder in (tmp_path / "okvqa", tmp_path / "okvqa_train"):
+        lay_out(folder, "okvqa")
+        for file in BLOCKS["okvqa"]:
+            text = (folder / file).read_text().replace("What sport", "Which sport")
+            (folder / file.replace("val2014", "train2014")).write_text(text)
+        (example,) = read("okvqa", folder, pictures=False)
+        assert example.question.split()[0] == ("What" if folder.name == "okvqa" else "Which")
 
 
 def test_an_unknown_benchmark_suggests_the_nearest(tmp_path: Path) -> None:

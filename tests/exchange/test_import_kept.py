@@ -123,6 +123,7 @@ def test_shards_without_their_index_are_read_where_all_are_there(source: Path) -
         ("fsdp_0/__0_0.distcp", r"distributed checkpoint of torch \(fsdp_0/.*accelerate merge"),
         ("open_clip_config.json", "open_clip's files"),
         ("checkpoint-20/config.json", r"checkpoints of a trainer \(checkpoint-20\).*give one"),
+        ("checkpoint-9/adapter_config.json", r"of a trainer \(checkpoint-9\).*give one"),
         ("snapshots/abc/config.json", r"the hub's cache \(snapshots/abc\).*; give its snapshot"),
     ],
 )
@@ -158,6 +159,10 @@ def test_tokens_that_stand_beside_the_tokenizer_keep_their_ids(source: Path) -> 
     added = {one["token"]: one["id"] for one in record.vocabulary["added"]}
     assert (added["[PAD]"], added["<|im_start|>"]) == (VOCAB_SIZE, VOCAB_SIZE + 1)
     assert added["<|separator|>"] > VOCAB_SIZE + 1
+    edit(source / "tokenizer_config.json", added_tokens_decoder=["<|im_start|>"])
+    with pytest.raises(ValueError, match=r"in a form that transformers does not write; let it"):
+        bring(source)
+    edit(source / "tokenizer_config.json", added_tokens_decoder={})
     edit(source / "added_tokens.json", **{"[PAD]": VOCAB_SIZE + 9})
     with pytest.raises(ValueError, match=r"has .* beside its tokenizer\.json, which has no place"):
         bring(source)
@@ -207,8 +212,22 @@ def test_pixels_are_scaled_as_the_towers_own_processor_scales_them(tmp_path: Pat
     edit(path, image_std=[0.5, 0.0, 0.5])
     with pytest.raises(ValueError, match=r"has image_std .*; give three, std above 0"):
         read_encoder(folder)
-    edit(path, image_std=[0.5], do_normalize=True)
+    edit(path, image_mean=["0.5"] * 3)
+    with pytest.raises(ValueError, match=r"has image_mean .*; give three"):
+        read_encoder(folder)
+    edit(path, image_mean=[0.5], image_std=[0.5], do_normalize=True)
     assert read_encoder(folder).config.pixel_std == (0.5,) * 3
+
+
+def test_layers_and_channels_that_the_config_does_not_know_are_named(tmp_path: Path) -> None:
+    folder = save_tower("siglip", tmp_path / "tower")
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    edit(folder / "config.json", num_hidden_layers=layers - 1)
+    with pytest.raises(ValueError, match=rf"layers\.{layers - 1}\..* and 13 more, .*how many lay"):
+        read_encoder(folder)
+    edit(folder / "config.json", num_hidden_layers=layers, num_channels=1)
+    with pytest.raises(ValueError, match="sees 1 channels; pictures have three"):
+        read_encoder(folder)
 
 
 def test_quantised_towers_and_an_error_of_the_library_are_one_line(tmp_path: Path) -> None:

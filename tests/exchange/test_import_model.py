@@ -242,6 +242,29 @@ def test_torch_files_are_asked_for_only_where_there_are_no_safetensors(
     assert record.weights_digest == first
 
 
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["README.md", "x-Q4_K_M.gguf"], r"a/model holds GGUF \(x-Q4_K_M.gguf\) and no weights"),
+        (["final/model.safetensors"], r"hf download a/model --include 'final/\*' --local-dir DIR"),
+        (
+            ["epoch_7.pt", "training_args.bin"],
+            r"hf download a/model epoch_7\.pt .* give the file epoch_7",
+        ),
+        ([], r"has no config\.json, only nothing"),
+    ],
+)
+def test_what_a_hub_model_holds_in_place_of_weights_is_told(
+    files: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "snapshot")
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: files)
+    refused("a/model", tmp_path / "out", told)
+
+
 def test_an_openlm_epoch_comes_with_moments_position_and_more_rows(tmp_path: Path) -> None:
     state = state_of(BIG)
     params = PARAMS | {"vocab_size": VOCAB_SIZE}

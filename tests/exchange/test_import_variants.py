@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from checkpoints import VOCAB_SIZE, build_model, build_tokenizer, save_checkpoint
 from midstream.cli.app import app
-from midstream.core.storage import write_json
+from midstream.config import TransformersDecoderConfig
+from midstream.core.storage import read_json, write_json
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest, summary
 from midstream.study.imported import ImportRecord
@@ -29,6 +30,10 @@ PYTHIA = "EleutherAI/pythia-410m"
 
 def bring(source: object, out: Path, **options: Any) -> tuple[ImportRecord, list[str]]:
     return import_model(ImportRequest(source=str(source), out=out, **options))
+
+
+def edit_config(folder: Path, **settings: Any) -> None:
+    write_json(folder / "config.json", read_json(folder / "config.json") | settings)
 
 
 def plainly(folder: Path, family: str = "llama") -> tuple[Path, str, dict[str, torch.Tensor]]:
@@ -114,7 +119,7 @@ def test_a_pad_token_behind_the_last_row_gets_one_and_is_told(tmp_path: Path) ->
 
 
 def save_adapter(folder: Path, base: str) -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     write_json(
         folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": base}
     )
@@ -140,8 +145,13 @@ def test_an_adapter_is_merged_by_peft_where_that_is_installed(
     class Merging:
         """What peft does, for a test without it: one weight becomes another."""
 
+        base_model = SimpleNamespace(prefix="lora_")
+
         def __init__(self, model: nn.Module) -> None:
             self.model = model
+
+        def state_dict(self) -> dict[str, object]:
+            return dict.fromkeys(made)
 
         @classmethod
         def from_pretrained(cls, model: nn.Module, folder: Path) -> "Merging":
@@ -160,6 +170,8 @@ def test_an_adapter_is_merged_by_peft_where_that_is_installed(
     monkeypatch.setitem(sys.modules, "peft", peft)
     save_checkpoint("llama", tmp_path / "base")
     source, rows = save_adapter(tmp_path / "lora", "../base"), VOCAB_SIZE
+    place = "base_model.model.model.layers.0.self_attn.q_proj"
+    made = [f"{place}.lora_A.default.weight", f"{place}.base_layer.weight"]
     record, notes = bring(source, tmp_path / "out")
     assert "merged with ../base by peft" in notes
     assert record.vocabulary is not None
@@ -171,13 +183,48 @@ def test_an_adapter_is_merged_by_peft_where_that_is_installed(
     # One that was trained with further tokens has whole embeddings.
     rows = VOCAB_SIZE + 5
     further = {"base_model.model.lm_head.weight": torch.zeros(rows, 32)}
+    made.clear()
     save_file(further, source / "adapter_model.safetensors")
     assert bring(source, tmp_path / "out")[0].vocabulary["rows_before"] == rows  # type: ignore[index]
+    # peft would leave out what fits nothing, and what the file lacks as it was.
+    rows = VOCAB_SIZE
+    save_adapter(source, "../base")
+    for names, told in (
+        (["model.layers.1.self_attn.q_proj.lora_A.weight"], "which ../base has not"),
+        ([f"{place}.lora_A.weight", "x.lora_A.weight"], "x and the like, which the file"),
+    ):
+        made[:] = names
+        with pytest.raises(ValueError, match=f"do not belong together: 1 of the .*{told}"):
+            bring(source, tmp_path / "out")
     del Merging.merge_and_unload
     with pytest.raises(
         ValueError, match=r"cannot be merged with \.\./base: a LORA adapter changes"
     ):
         bring(source, tmp_path / "out")
+
+
+def test_a_base_that_is_not_here_or_quantised_is_told_with_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = ModuleType("peft")
+    peft.PeftModel = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "peft", peft)
+    source = save_adapter(tmp_path / "lora", "/elsewhere/Llama-2-7b")
+    remedy = "base_model_name_or_path in its adapter_config.json: put there the folder or"
+    with pytest.raises(FileNotFoundError, match=rf"lora cannot .*elsewhere.*nor.*; .*{remedy}"):
+        bring(source, tmp_path / "out")
+    base = save_checkpoint("llama", tmp_path / "base")
+    edit_config(base, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ValueError, match=f"quantization_config.*{remedy}"):
+        bring(save_adapter(source, "../base"), tmp_path / "out")
+
+
+def test_a_pad_token_of_the_config_alone_is_dropped(tmp_path: Path) -> None:
+    source = save_checkpoint("llama", tmp_path / "source")
+    edit_config(source, pad_token_id=VOCAB_SIZE)
+    record, _ = bring(source, tmp_path / "out")
+    assert isinstance(record.config, TransformersDecoderConfig)
+    assert record.config.settings["pad_token_id"] is None
 
 
 @pytest.mark.parametrize(

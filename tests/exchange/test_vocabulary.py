@@ -76,6 +76,13 @@ def test_a_tokenizer_with_more_ids_than_rows_is_another_models() -> None:
         plan_vocabulary(words(300), 256, add_tokens=[], multiple=64)
 
 
+def test_added_tokens_behind_the_rows_get_some_whether_special_or_not() -> None:
+    tokenizer = words(256, END)
+    tokenizer.add_tokens(["<tool>"])
+    found = plan_vocabulary(tokenizer, 256, add_tokens=[], multiple=64)
+    assert (found.behind, found.rows_after) == (("<tool>", END), 320)
+
+
 def test_tokens_cannot_be_added_without_a_tokenizer_or_without_text() -> None:
     with pytest.raises(ValueError, match=r"no tokenizer to add <\|agent_stop\|> to.*--tokenizer"):
         plan_vocabulary(None, 256, add_tokens=[AGENT_STOP], multiple=64)

@@ -249,6 +249,9 @@ def test_a_half_downloaded_folder_names_every_missing_shard(tmp_path: Path) -> N
     (tmp_path / "a" / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"2 are missing: model-00001-.*, model-00002-"):
         read_tensors(tmp_path / "a")
+    # The index alone came along with whole files of torch.
+    torch.save({"a": torch.ones(2)}, tmp_path / "a" / "pytorch_model.bin")
+    assert list(read_tensors(tmp_path / "a")) == ["a"]
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> None:

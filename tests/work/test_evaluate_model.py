@@ -21,6 +21,7 @@ from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger, Stopped
 from midstream.work import evaluate_model
 from midstream.work.open_model import open_model
+from midstream.work.protocol import Channel
 from midstream.work.show_scores import short_names
 from ranked import run_ranks
 
@@ -230,6 +231,7 @@ def test_two_models_of_one_name_have_two(
 ) -> None:
     said = {"x/A/model": "red", "x/B/model/": "blue", "org/other": "red"}
     monkeypatch.setattr(evaluate_model, "_open_model", lambda name, _: (Says(said[name]), asked))
+    monkeypatch.setattr(evaluate_model, "_check_named", lambda *_: None)
     out = tmp_path / "out"
     table = command("eval", *said, "--data", asked, "--task", "qa", "--out", out)
     head = next(line for line in table.splitlines() if line.startswith("task"))
@@ -238,6 +240,20 @@ def test_two_models_of_one_name_have_two(
     assert scores.split()[1:] == ["100.0", "0.0", "100.0"]
     rows = [read_json(path) for path in out.glob("*/results.json")]
     assert sorted(row["about"]["model"] for row in rows) == sorted(said)
+
+
+def test_a_name_that_is_none_is_told_before_the_models_before_it_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(evaluate_model, "_evaluate_one", lambda name, *_: asked.append(name))
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "stage.json").write_text("{}")
+    names = (str(tmp_path / "stage"), str(tmp_path / "absent"))
+    request = evaluate_model.EvaluateRequest(models=names, out=tmp_path / "out", evaluation={})
+    with pytest.raises(FileNotFoundError, match="absent does not exist or holds no config"):
+        evaluate_model.evaluate_all(request, Channel(None))
+    assert asked == []
 
 
 def test_names_are_as_long_as_it_takes_to_tell_them_apart() -> None:

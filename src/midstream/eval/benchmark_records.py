@@ -1,5 +1,6 @@
 """What readers share: `VisualExample`, and records whose errors name file and entry."""
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -130,9 +131,11 @@ def read_text(path: Path) -> str:
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if wide else "utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no whole text file ({error}); fetch it again") from None
+        told = "save it as UTF-8, or fetch it again"
+        raise ValueError(f"{path} is no whole text file ({error}); {told}") from None
 
 
 def read_json_file(path: Path) -> Any:

@@ -153,6 +153,12 @@ def _split_files(
             f"the data set's files there as its hub has them, such as {split}.parquet, .jsonl or "
             ".csv"
         )
+    places = sorted({str(path.parent.relative_to(folder)) for path in named})
+    if configuration and not root.is_dir() and len(places) > 1:
+        raise ValueError(
+            f"text task {name}: {folder} holds {split!r} in {', '.join(places[:5])} and no folder "
+            f"{configuration}, whose files alone are the task's; leave these there alone"
+        )
     kind, *others = {_kind(path) or "" for path in named}
     if others:
         names = ", ".join(path.name for path in named[:5])

@@ -76,7 +76,43 @@ def open_config(name: str, trusted: dict[str, bool]) -> Any:
     return config
 
 
-def open_processor(name: str, trusted: dict[str, bool]) -> Any:
+def amend(config: Any, device: str) -> None:
+    """Take back what a config.json asks for and cannot be had: FlashAttention on a machine without
+    it (`transformers` then chooses), a pad token without a row (it makes no model with that)."""
+    from transformers.utils import is_flash_attn_2_available
+
+    stated = str(getattr(config, "_attn_implementation", None))
+    has_flash = device == "cuda" and is_flash_attn_2_available()
+    if stated.startswith("flash_attention") and not has_flash:
+        config._attn_implementation = None
+    for one in (config, getattr(config, "text_config", None) or config):
+        rows = getattr(one, "vocab_size", None)
+        if rows is not None and not _has_row(getattr(one, "pad_token_id", None), rows):
+            one.pad_token_id = None
+
+
+def _has_row(token: int | None, rows: int) -> bool:
+    return token is None or 0 <= token < rows
+
+
+def _complete(processor: Any, config: Any) -> None:
+    """What Llavas' processors count a picture's tokens by, from the model where they say nothing.
+
+    Older folders have none of it, as the model counted them itself.
+    """
+    tower = getattr(config, "vision_config", None)
+    if not hasattr(processor, "num_additional_image_tokens") or tower is None:
+        return
+    if processor.patch_size is None:
+        processor.patch_size = getattr(tower, "patch_size", None)
+    if processor.vision_feature_select_strategy is None:
+        told = getattr(config, "vision_feature_select_strategy", "default")
+        processor.vision_feature_select_strategy = told
+    if tower.model_type == "clip_vision_model":
+        processor.num_additional_image_tokens = 1  # its class token
+
+
+def open_processor(name: str, config: Any, trusted: dict[str, bool]) -> Any:
     """A model's processor; ValueError, with what to do, where there is none that opens."""
     import transformers
 
@@ -84,6 +120,7 @@ def open_processor(name: str, trusted: dict[str, bool]) -> Any:
     try:
         processor = transformers.AutoProcessor.from_pretrained(name, **trusted)
         if isinstance(processor, transformers.ProcessorMixin):
+            _complete(processor, config)
             return processor
         lacks = f"but a {type(processor).__name__}"
     except Exception as error:  # whatever a processor's own code raises
@@ -126,7 +163,7 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
     logging.set_verbosity_error()
     try:
         model, told = auto.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except SafetensorError as error:
         raise ValueError(
@@ -154,6 +191,9 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
     settings = getattr(model, "generation_config", None)
     for key, value in _GREEDY.items() if settings is not None else ():
         setattr(settings, key, value)
+    rows = len(model.get_input_embeddings().weight)
+    if settings is not None and not _has_row(settings.pad_token_id, rows):
+        settings.pad_token_id = None  # an answer that ended is filled up with its end
     return model
 
 

@@ -17,16 +17,25 @@ import pyarrow.parquet as pq
 from midstream.eval.benchmark_records import lines, no_key_twice, read_text
 from midstream.eval.scoring import cleaned
 
-# Keys that people use, in the order in which they are looked for.
+# Keys that people use, in the order in which they are looked for, in any case and with or without
+# what parts their words.
 _IDS = (
-    *("question_id", "questionId", "example_id", "qid", "identifier", "id", "index", "idx"),
-    "image",
+    *("question_id", "example_id", "qid", "identifier", "id", "index", "idx", "sample_id"),
+    *("data_id", "uid", "image"),
 )
 _ANSWERS = (
     *("prediction", "pred", "predict", "response", "output", "model_output", "generated_text"),
     *("answer", "text"),
 )
 _QUESTIONS = ("prompt", "question", "query")
+_KEYS = {
+    key.replace("_", ""): key
+    for key in (*_IDS, *_ANSWERS, *_QUESTIONS, "doc_id", "filtered_resps", "image_id", "caption")
+}
+# Other names of what a model said: pred_answer, model_response, outputs.
+_SAID = re.compile(
+    r"(pred|generat|respon|output|hypothes|complet|(model|llm|vlm|final|parsed)answer)(?!.*(id|path)$)"
+)
 _SEPARATORS = "\t,;"
 _LINES = "give JSON lines of question_id and answer, or a table whose first line names its columns"
 _LAYOUTS = {
@@ -182,23 +191,47 @@ def _parquet_rows(path: Path) -> list[Sequence[Any]]:
     return [table.column_names, *zip(*(one.to_pylist() for one in table.columns), strict=True)]
 
 
+def _renamed(value: dict[str, Any]) -> dict[str, Any]:
+    """A record with known keys as `_KEYS` spells them; of two spellings the exact one."""
+    names = {key: _KEYS.get(_plain_key(key), key) for key in value}
+    return {key if name in value else name: value[key] for key, name in names.items()}
+
+
+def _plain_key(key: Any) -> str:
+    return re.sub(r"[\W_]", "", str(key)).lower()
+
+
 def _is_record(value: dict[str, Any]) -> bool:
+    value = _renamed(value)
     return any(key in value for key in (*_IDS, *_ANSWERS, "doc_id"))
 
 
 def _prediction(value: Any, where: str) -> Prediction:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a {type(value).__name__}, not an object with an answer")
+    given, value = value, _renamed(value)
     place = value.get("doc_id")
     if "filtered_resps" in value:
         # lmms-eval: what the filters made of the replies; the question's record is under "doc".
-        doc = value["doc"] if isinstance(value.get("doc"), dict) else {}
+        doc = _renamed(value["doc"]) if isinstance(value.get("doc"), dict) else {}
         said = value["filtered_resps"]
         asked = {key: doc[key] for key in (*_IDS, *_QUESTIONS) if key in doc}
         value = asked | {"prediction": said[0] if isinstance(said, list) and said else said}
     keys = [key for key in _ANSWERS if key in value]
     if not keys and {"image_id", "caption"} <= value.keys():
         value, keys = {"id": value["image_id"], "text": value["caption"]}, ["text"]
+    others = [
+        key
+        for key, one in value.items()
+        if key not in _KEYS.values() and isinstance(one, str) and _SAID.search(_plain_key(key))
+    ]
+    if len(others) == 1 and not keys:
+        keys = others
+    elif others and keys and not set(keys) - {"answer", "text"}:
+        raise ValueError(
+            f"{where} has {keys[0]!r} beside {others[0]!r}, and one may be the gold answer; "
+            "put the prediction under 'prediction'"
+        )
     # LLaVA's files hold the question under "prompt" and the answer under "text"; a question file
     # with answers in it the question under "text" and the answer under "answer".
     if keys == ["answer", "text"] and any(key in value for key in _QUESTIONS):
@@ -207,7 +240,7 @@ def _prediction(value: Any, where: str) -> Prediction:
             "be the gold answer; put the prediction under 'prediction'"
         )
     if not keys:
-        raise ValueError(f"{where} has no answer, only {', '.join(value)}; {_nearest(value)}")
+        raise ValueError(f"{where} has no answer, only {', '.join(given)}; {_nearest(given)}")
     held = {key: value[key] for key in _IDS if type(value.get(key)) in (str, int, float)}
     ids = {
         key: str(_answer(one))

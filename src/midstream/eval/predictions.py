@@ -71,6 +71,8 @@ def score_predictions(
             _no_match(task, predictions, path)
         if _places(task, predictions) is not None:
             notes.append("no question has these ids, which number them: matched by their order")
+        elif any(one.question is None for one in predictions):
+            notes.append("nothing names the questions of these answers: matched by their order")
     pairs = [(found[e.example_id], e) for e in task.examples if e.example_id in found]
     _refuse_others(pairs, task, path)
     said = {name: one.answer for name, one in found.items() if one.answer is not None}

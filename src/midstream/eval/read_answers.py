@@ -9,7 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from midstream.eval.benchmark_records import VisualExample
-from midstream.eval.scoring import LETTERS, parse_box, plain_answer, word_accuracy
+from midstream.eval.scoring import (
+    LETTERS,
+    box_iou,
+    four_numbers,
+    mean,
+    overlap,
+    parse_box,
+    plain_answer,
+    to_square,
+    word_accuracy,
+)
+
+# A mean IoU that is higher by so much tells how boxes are meant.
+_TELLING = 0.2
 
 _SAYS = r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*:?"
 _STARS = r"\*{0,2}\s*"
@@ -67,3 +80,24 @@ def read_statement(text: str, example: VisualExample) -> str | None:
 def read_box(text: str, example: VisualExample) -> tuple[float, float, float, float] | None:
     """The box [x1, y1, x2, y2] as shares of the picture."""
     return parse_box(text)
+
+
+def box_note(predictions: Sequence[str], examples: Sequence[VisualExample]) -> str | None:
+    """How else boxes seem to be meant, where that lies much nearer to the right ones."""
+    found = [(four_numbers(text), e) for text, e in zip(predictions, examples, strict=True)]
+    boxes = [(box, e) for box, e in found if box is not None]
+    ways = {
+        "[x, y, width, height]": [
+            box_iou((x, y, x + width, y + height), e.gold) for (x, y, width, height), e in boxes
+        ],
+        "[y1, x1, y2, x2]": [box_iou((b, a, d, c), e.gold) for (a, b, c, d), e in boxes],
+        "shares of the square that a picture is padded to (--box-frame square)": [
+            box_iou(box, to_square(e.gold, *e.size)) for box, e in boxes if e.size is not None
+        ],
+    }
+    usual = mean([overlap(text, e.gold) for text, e in zip(predictions, examples, strict=True)])
+    best = max(ways, key=lambda way: mean(ways[way]) or 0.0)
+    other = mean(ways[best]) or 0.0
+    if usual is None or other <= usual + _TELLING:
+        return None
+    return f"the mean IoU is {usual:.2f}; read as {best}, the boxes would have {other:.2f}"

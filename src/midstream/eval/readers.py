@@ -71,10 +71,12 @@ def read_vqav2(folder: Path, look: Pictures) -> Asked:
     The files are those of one subset, val2014 as published; a cut of them may be named otherwise
     and packed by gzip.
     """
+    name = f"mscoco_{split_of(folder, 'val')}2014"
+    exact = [f"{version}OpenEnded_{name}_questions.json" for version in ("v2_", "")]
     patterns = ("v2_*questions.json", "*questions*.json", "*questions*.gz*")
-    questions = find_file(folder, "v2_OpenEnded_mscoco_val2014_questions.json", *patterns)
-    patterns = ("v2_*annotations.json", "*annotat*.json*", "*annotat*.gz*")
-    answered = find_file(folder, "v2_mscoco_val2014_annotations.json", *patterns)
+    questions = find_file(folder, *exact, *patterns)
+    exact = [f"v2_{name}_annotations.json", f"{name}_annotations.json", "v2_*annotations.json"]
+    answered = find_file(folder, *exact, "*annotat*.json*", "*annotat*.gz*")
     subset = _same_subset(questions, answered)
     look.places = (subset, *look.places)
     annotations: dict[str, Any] = {}
@@ -101,7 +103,8 @@ def read_vqav2(folder: Path, look: Pictures) -> Asked:
 @reader("images")
 def read_gqa(folder: Path, look: Pictures) -> Asked:
     """GQA's balanced test-dev questions; gold is the answer's text."""
-    patterns = ("testdev_balanced_questions.json", "*balanced_questions.json", "*questions*.json")
+    exact = f"{split_of(folder, 'testdev')}_balanced_questions.json"
+    patterns = (exact, "*balanced_questions.json", "*questions*.json")
     for key, record in entries(find_file(folder, *patterns)):
         image = look.find(record, f"{record.identifier('imageId')}.jpg")
         types = record.get("types", dict) if "types" in record else {}
@@ -182,6 +185,8 @@ def read_pope(folder: Path, look: Pictures) -> Asked:
     present = {split: path for split, path in names if path.is_file()}
     if not present:
         missing(folder / "coco_pope_random.json")
+    for path in (one for split, one in names if one.is_file() and one != present[split]):
+        raise ValueError(f"{folder} holds {path.name} in another form, too; keep one")
     for split, path in present.items():
         for record in lines(path):
             number, label = record.identifier("question_id"), record.one_of("label", "yes", "no")
@@ -190,11 +195,21 @@ def read_pope(folder: Path, look: Pictures) -> Asked:
             yield record, replace(example, choices=("Yes", "No"), other_id=number)
 
 
-@reader("val2014", "train2014", "images", "flickr30k-images")
+@reader("val2014", "train2014", "images")
 def read_captions(folder: Path, look: Pictures) -> Asked:
-    """Karpathy's lists of COCO and Flickr30k: pictures and their captions, which are the gold; the
-    test split, in a folder that shots are drawn from (`<task>_train`) the training split."""
-    path = find_file(folder, "dataset_coco.json", "dataset_flickr30k.json", "dataset_*.json")
+    """Karpathy's list of COCO: pictures and their captions, which are the gold; the test split, in
+    a folder that shots are drawn from (`<task>_train`) the training split."""
+    yield from _karpathy(folder, look, "dataset_coco.json")
+
+
+@reader("flickr30k-images", "images")
+def read_flickr30k(folder: Path, look: Pictures) -> Asked:
+    """Karpathy's list of Flickr30k, as `read_captions`; they come in one archive."""
+    yield from _karpathy(folder, look, "dataset_flickr30k.json")
+
+
+def _karpathy(folder: Path, look: Pictures, name: str) -> Asked:
+    path = find_file(folder, name, "dataset_*.json")
     split = split_of(folder, "test")
     wanted = ("train", "restval") if split == "train" else (split,)
     for record in records(path, "images"):

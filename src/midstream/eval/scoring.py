@@ -237,16 +237,22 @@ def parse_box(text: str) -> tuple[float, float, float, float] | None:
 
     Numbers lie in 0..1 with x1 < x2 and y1 < y2; nothing may stand around the list.
     """
+    value = four_numbers(text)
+    if value is None or not (0 <= value[0] < value[2] <= 1 and 0 <= value[1] < value[3] <= 1):
+        return None
+    return value
+
+
+def four_numbers(text: str) -> tuple[float, float, float, float] | None:
+    """The numbers that a text spells as a Python list of four, or None."""
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None  # not a literal: the model's answer, not a fault of the program
     if not isinstance(value, list) or len(value) != 4 or {*map(type, value)} - {int, float}:
         return None
-    x1, y1, x2, y2 = (float(x) for x in value)
-    if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
-        return None
-    return (x1, y1, x2, y2)
+    one, two, three, four = map(float, value)
+    return (one, two, three, four)
 
 
 def box_iou(one: Sequence[float], other: Sequence[float]) -> float:

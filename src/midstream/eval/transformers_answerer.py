@@ -16,6 +16,7 @@ from midstream.data.images import decode
 from midstream.eval.answers import NotNumbers
 from midstream.eval.benchmark_records import Shot, Shown, all_pictures, places
 from midstream.eval.foreign_model import (
+    amend,
     digest_of,
     open_config,
     open_processor,
@@ -48,6 +49,7 @@ class TransformersAnswerer:
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         trusted = {"trust_remote_code": trust_remote_code}
         self.config = open_config(name, trusted)
+        amend(self.config, device.type)
         # Why it cannot be asked about pictures.
         self._blind: str | None = None
         self.processor, self.tokenizer, self.model = self._open(trusted)
@@ -68,6 +70,7 @@ class TransformersAnswerer:
         processor, kind = None, "AutoModelForCausalLM"
         mapped = getattr(self.config, "auto_map", None) or {}
         sees = getattr(self.config, "vision_config", None) is not None
+        sees = sees or type(self.config) in transformers.AutoModelForImageTextToText._model_mapping
         if not (sees or "AutoModelForImageTextToText" in mapped):
             why = (
                 "its own code has no AutoModelForImageTextToText"
@@ -81,7 +84,7 @@ class TransformersAnswerer:
         else:
             kind = "AutoModelForImageTextToText"
             try:
-                processor = open_processor(self.name, trusted)
+                processor = open_processor(self.name, self.config, trusted)
             except ValueError as error:  # texts need none
                 self._blind = f"{error}, or ask it text tasks alone"
         model = open_weights(self.name, self.config, kind, options)
@@ -278,15 +281,41 @@ class TransformersAnswerer:
                 yield own[start : start + self.batch_size]
 
     def _inputs(self, prompts: Sequence[str], images: Images) -> dict[str, Any]:
-        """Prompts of equally many pictures, as the processor makes them."""
+        """Prompts of equally many pictures, as the processor makes them.
+
+        Raises ValueError that names a question which the processor cannot take.
+        """
         if images[0] is not None and not self._checked:
             self.check_pictures()
         self._check_template()
+        asked = [self._turns(*pair, opened=True) for pair in zip(prompts, images, strict=True)]
+        try:
+            return self._processed(asked)
+        except Exception:  # whatever a processor's own code raises
+            for prompt, image, turns in zip(prompts, images, asked, strict=True):
+                self._check_one(prompt, image, turns)
+            raise
+
+    def _check_one(
+        self, prompt: str, image: Path | Shown | None, turns: list[dict[str, Any]]
+    ) -> None:
+        try:
+            self._processed([turns])
+        except Exception as error:
+            shown = " and ".join(map(str, all_pictures(image))) or "no picture"
+            raise ValueError(
+                f"{self.name}: its processor cannot take the question {prompt[:80]!r} about "
+                f"{shown} ({type(error).__name__}: {' '.join(str(error).split())}); mend the "
+                "question or the picture, or leave it out of the benchmark's files"
+            ) from error
+
+    def _processed(self, asked: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """What the processor makes of conversations, as the model takes it."""
         options: dict[str, Any] = {"padding": True}
         if self.processor is not None:
             options = {"processor_kwargs": options}
         inputs = (self.processor or self.tokenizer).apply_chat_template(
-            [self._turns(*pair, opened=True) for pair in zip(prompts, images, strict=True)],
+            asked,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -308,9 +337,11 @@ class TransformersAnswerer:
 
     @cached_property
     def _template(self) -> dict[str, Any]:
-        """What the template is told: where it can, to ask for an answer without thoughts."""
-        held = getattr(self.processor or self.tokenizer, "chat_template", None)
-        return {"enable_thinking": False} if "enable_thinking" in str(held) else {}
+        """What the template is told: where it can, to ask for an answer without thoughts, and no
+        date of today, which Llama 3's writes into each prompt, but the one that stands in it."""
+        held = str(getattr(self.processor or self.tokenizer, "chat_template", None))
+        told = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+        return {name: value for name, value in told.items() if name in held}
 
     @cached_property
     def _taken(self) -> set[str]:

@@ -1,6 +1,7 @@
-"""Folders of Hugging Face, brought here and seen to be whole; LoRA adapters with their base."""
+"""Folders of Hugging Face, brought here and seen to be whole."""
 
 import filecmp
+import fnmatch
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +21,8 @@ from midstream.study.imported import Position
 # What a model's folder needs, and no more: repositories hold other formats and optimiser states.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "adapter_model.safetensors")
-_TORCH = ("pytorch_model.bin", "pytorch_model-*.bin")
+_TORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin")
+_WEIGHTS = re.compile(r".*\.safetensors|.*model[^/]*\.bin|(.*/)?epoch_\d+\.pt")
 # Names that downloads have while they are under way.
 _UNFINISHED = ("*.incomplete", "*.part", "*.aria2", "*.crdownload")
 _LFS = b"version https://git-lfs"
@@ -29,7 +31,6 @@ _LFS = b"version https://git-lfs"
 _WRAPPERS = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-ADAPTER = "adapter_config.json"
 # What a folder may hold in place of weights that are read: what it is, and what helps.
 _OTHERS = {
     "*.gguf": ("GGUF", "import the checkpoint that it was made of, which its model card names"),
@@ -52,7 +53,7 @@ _OTHERS = {
         "open_clip's files",
         "get the tower as transformers saves it, such as openai/clip-vit-large-patch14",
     ),
-    "checkpoint-*/config.json": ("checkpoints of a trainer", "give one of them"),
+    "checkpoint-*/*config.json": ("checkpoints of a trainer", "give one of them"),
     "snapshots/*/config.json": ("a model of the hub's cache", "give its snapshot, or its name"),
 }
 # Names that quantised weights have, and adapters that were not merged.
@@ -60,7 +61,6 @@ _QUANTISED = re.compile(
     r"\.(qweight|qzeros|absmax|SCB|weight_packed|weight_scale(_inv)?|quant_state\..*)$"
 )
 _UNMERGED = re.compile(r"\.(lora_[AB]|base_layer|lora_embedding_[AB])\b")
-_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -114,7 +114,11 @@ def fetch(name: str, revision: str | None) -> Path:
     page = f"https://huggingface.co/{name}"
     try:
         folder = download(_SAFETENSORS)
-        return folder if any(folder.glob("*model*.safetensors*")) else download(_TORCH)
+        if not any(folder.glob("*model*.safetensors*")):
+            folder = download(_TORCH)
+            if not any(folder.glob("*model*.bin*")):
+                _refuse_others(name, revision)
+        return folder
     except errors.RevisionNotFoundError:
         raise ValueError(
             f"{name} has no revision {revision!r}; {page}/tree/main lists them"
@@ -136,6 +140,29 @@ def fetch(name: str, revision: str | None) -> Path:
             f"cache ({HF_HUB_CACHE}), and {'HF_HUB_OFFLINE is set' if HF_HUB_OFFLINE else why}; "
             f"download it with: hf download {name}{option}"
         ) from None
+
+
+def _refuse_others(name: str, revision: str | None) -> None:
+    """ValueError that says what a hub model holds in place of weights that are read, where the hub
+    tells."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except (errors.HfHubHTTPError, OSError):
+        return
+    for pattern, (what, remedy) in _OTHERS.items():
+        of_a_folder = pattern.endswith("config.json")
+        for file in fnmatch.filter(files, pattern)[:1] if not of_a_folder else ():
+            raise ValueError(f"{name} holds {what} ({file}) and no weights that are read; {remedy}")
+    for file in filter(_WEIGHTS.fullmatch, sorted(files)):
+        folder, slash, _ = file.rpartition("/")
+        inside = f"the folder {folder}" if slash else f"the file {file}"
+        option = f"--include '{folder}/*'" if slash else file
+        raise ValueError(
+            f"{name} has weights as {file}, which its name does not stand for; download {inside} "
+            f"with: hf download {name} {option} --local-dir DIR, and give {inside}"
+        )
 
 
 def same_weights(name: str, revision: str, folder: Path, *, ask_hub: bool) -> tuple[str, ...]:
@@ -189,7 +216,8 @@ def check_downloaded(folder: Path, *, needed: str | None) -> None:
     )
     if unfinished:
         raise FileNotFoundError(
-            f"{folder} is half downloaded: {', '.join(unfinished)}; finish the download"
+            f"{folder} is half downloaded: {', '.join(unfinished)}; finish the download, or delete "
+            "these where it is finished"
         )
     for item in sorted(one for one in folder.iterdir() if one.is_file()):
         with item.open("rb") as stream:
@@ -202,7 +230,7 @@ def check_downloaded(folder: Path, *, needed: str | None) -> None:
     if needed is not None and not ((folder / needed).is_file() and weights):
         for pattern, (what, remedy) in _OTHERS.items():
             for other in sorted(folder.glob(pattern))[-1:]:
-                shown = other.parent if other.name == "config.json" else other
+                shown = other.parent if other.name.endswith("config.json") else other
                 raise FileNotFoundError(
                     f"{folder} holds {what} ({shown.relative_to(folder)}) and no weights that are "
                     f"read; {remedy}"
@@ -249,6 +277,10 @@ def read_decoder(folder: Path) -> LanguageModel:
     that are missing, unexpected, packed or of another shape.
     """
     stated = read_config(folder)
+    rows = getattr(stated, "vocab_size", None)
+    if rows is not None and (getattr(stated, "pad_token_id", None) or 0) >= rows:
+        # A pad token that the tokenizer alone was given; transformers makes no model with it.
+        stated.pad_token_id = None
     try:
         config = describe(stated)
     except ValueError:
@@ -377,68 +409,3 @@ def unwrapped(
     num = sum(name != short for name, short in names.items())
     note = f"took {' and '.join(sorted(taken))} off the names of {num} tensors"
     return found, (note,) if taken else ()
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no weights of a whole model."""
-    whole = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]
-    return (folder / ADAPTER).is_file() and not whole
-
-
-def merged(folder: Path) -> LanguageModel:
-    """The base model with the adapter merged into it by `peft`, in float32.
-
-    Raises ValueError if the adapter names no base, or with the way to merge if peft is not
-    installed.
-    """
-    stated = read_json(folder / ADAPTER)
-    base = stated.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{folder / ADAPTER} names no base model; merge the adapter with its own first"
-        )
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ValueError(
-            f"{folder} is a LoRA adapter of {base}; install peft, which merges the two here, or "
-            f"merge them yourself (PeftModel.from_pretrained(base, {str(folder)!r})"
-            ".merge_and_unload().save_pretrained(...)) and import what that writes"
-        ) from None
-    from transformers import AutoModelForCausalLM
-
-    # A folder's path may be said from here, or from where the adapter lies.
-    places = (Path(base).expanduser(), folder / base)
-    here = next((one for one in places if one.is_dir()), None) or fetch(
-        base, stated.get("revision")
-    )
-    # What the base lacks would be drawn at random.
-    read_decoder(here)
-    whole = AutoModelForCausalLM.from_pretrained(
-        here, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    file = next(
-        (one for one in folder.glob("adapter_model.*")), folder / "adapter_model.safetensors"
-    )
-    # One that was trained with further tokens brings whole embeddings of its own.
-    rows = {len(one) for name, one in read_tensors(file).items() if name.endswith(_EMBEDDINGS)}
-    if rows - {whole.config.vocab_size}:
-        whole.resize_token_embeddings(max(rows), mean_resizing=False)
-    try:
-        adapted = PeftModel.from_pretrained(whole, folder)
-        if not hasattr(adapted, "merge_and_unload"):
-            raise ValueError(f"a {stated.get('peft_type')} adapter changes no weights")
-        model = adapted.merge_and_unload()
-    except Exception as error:  # whatever peft's own code raises
-        why = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{folder} cannot be merged with {base}: {why}; if it can be merged where it was "
-            "trained, import what that writes"
-        ) from None
-    config = describe(model.config)
-    return LanguageModel(
-        config,
-        decoder_tensors(config, model.state_dict(), folder),
-        notes=(f"merged with {base} by peft",),
-        tokenizer_folder=here,
-    )

@@ -39,7 +39,7 @@ from midstream.exchange.import_source import (
 from midstream.model.pretrained import with_vocabulary
 from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.vlm import VLM, build_decoder
-from midstream.model.weights import fill, save_weights, weights_digest
+from midstream.model.weights import fill, save_weights, some, weights_digest
 from midstream.study.imported import RECORD, ImportRecord, Position, tower_folders
 from midstream.train.checkpoint import Progress
 from midstream.work.protocol import Channel
@@ -73,7 +73,7 @@ def plan_vocabulary(
     """Add Midstream's special tokens and `add_tokens` to a model's tokenizer, which is changed.
 
     Rows that the model has to spare are used first; then rows become a multiple of `multiple`, and
-    never fewer. Special tokens behind the model's last row (a pad token that was added to the
+    never fewer. Added tokens behind the model's last row (a pad token that was added to the
     tokenizer alone) get rows as new ones do. Raises ValueError if the tokenizer has other ids that
     the model has no rows for (it is another model's), if there is none to add tokens to, or if a
     token to add is empty.
@@ -87,7 +87,7 @@ def plan_vocabulary(
     before = tokenizer.get_vocab(with_added_tokens=True)
     held = tokenizer.get_added_tokens_decoder()
     behind = {token for token, number in before.items() if number >= rows}
-    if any(before[token] not in held or not held[before[token]].special for token in behind):
+    if any(before[token] not in held for token in behind):
         raise ValueError(
             f"the tokenizer has ids up to {max(before.values()):,}, the model's embedding {rows:,} "
             "rows: it is another model's tokenizer; give the model's own with --tokenizer"
@@ -292,8 +292,8 @@ def _remarks(
         )
     if vocabulary.behind:
         yield (
-            f"the tokenizer has {', '.join(vocabulary.behind)} behind the model's last row; new "
-            "rows were made"
+            f"the tokenizer has {some(vocabulary.behind)} behind the model's last row; new rows "
+            "were made"
         )
     if codec is None:
         yield (

@@ -18,6 +18,7 @@ from midstream.core.storage import read_json
 from midstream.data.tokenise import open_tokenizer
 from midstream.exchange import hub, import_parts, towers
 from midstream.exchange.hub import LanguageModel, model_type
+from midstream.exchange.merge_adapter import ADAPTER, is_adapter, merged
 from midstream.exchange.openlm import read_openlm
 from midstream.model.pretrained import FAMILIES
 from midstream.study.families import Known, holds_final_weights, known_checkpoint
@@ -156,8 +157,8 @@ def _check_folder(path: Path, request: ImportRequest) -> None:
     if list(path.glob("**/epoch_*.pt")):
         return
     bare = request.num_heads is not None and not (path / "config.json").is_file()
-    adapter = hub.is_adapter(path)
-    hub.check_downloaded(path, needed=None if bare else hub.ADAPTER if adapter else "config.json")
+    adapter = is_adapter(path)
+    hub.check_downloaded(path, needed=None if bare else ADAPTER if adapter else "config.json")
     if not bare and not adapter:
         _check_family(path)
     if model_type(path) in import_parts.WHOLE:
@@ -201,14 +202,14 @@ def read_language_model(request: ImportRequest, path: Path) -> LanguageModel:
 
     Raises FileNotFoundError or ValueError as `read_openlm` and `read_decoder` do.
     """
-    adapter = path.is_dir() and hub.is_adapter(path)
+    adapter = path.is_dir() and is_adapter(path)
     kind = model_type(path)
     if not adapter and kind in (None, "openlm"):
         return read_openlm(path, num_heads=request.num_heads)
     if request.num_heads is not None:
         raise ValueError("--num-heads is for OpenLM's files; this model's config.json tells")
     if adapter:
-        return hub.merged(path)
+        return merged(path)
     if kind in (import_parts.OWN_TEXT, *import_parts.WHOLE):
         return import_parts.read_decoder_part(path)
     return hub.read_decoder(path)
@@ -254,11 +255,19 @@ def _add_stated(tokenizer: Tokenizer, folder: Path) -> None:
     stated: dict[int, AddedToken] = {}
     path = folder / "added_tokens.json"
     older = read_json(path) if path.is_file() else {}
-    for token, number in older.items() if isinstance(older, dict) else ():
-        stated[int(number)] = AddedToken(token, special=True, normalized=False)
-    for number, token in (stated_of_tokenizer(folder).get("added_tokens_decoder") or {}).items():
-        words = {key: value for key, value in token.items() if key not in ("content", "__type")}
-        stated[int(number)] = AddedToken(token["content"], **words)
+    try:
+        for token, number in older.items():
+            stated[int(number)] = AddedToken(token, special=True, normalized=False)
+        listed = stated_of_tokenizer(folder).get("added_tokens_decoder") or {}
+        for number, told in listed.items():
+            words = {key: value for key, value in told.items() if key not in ("content", "__type")}
+            stated[int(number)] = AddedToken(told["content"], **words)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{folder} has added_tokens.json or added_tokens_decoder in tokenizer_config.json in a "
+            "form that transformers does not write; let it write them anew: AutoTokenizer"
+            ".from_pretrained(...).save_pretrained(...)"
+        ) from None
     for number, added in sorted(stated.items(), key=lambda pair: pair[0]):
         if tokenizer.token_to_id(added.content) is None:
             tokenizer.add_tokens([added])

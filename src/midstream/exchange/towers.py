@@ -127,6 +127,12 @@ def read_encoder(folder: Path) -> FoundTower:
     model, loading, notes = loaded(
         folder, name, stated, lambda name: _OF_A_TOWER.match(name) is not None, lambda _: True
     )
+    further = [key for key in loading["unexpected_keys"] if own_name(key).startswith("blocks.")]
+    if further:
+        raise ValueError(
+            f"{folder} holds {_few(sorted(further))}, of which its config.json says nothing "
+            f"(num_hidden_layers {config.num_layers}); put there how many layers the file has"
+        )
     tensors = {
         key: value
         for key, value in model.state_dict().items()
@@ -198,6 +204,8 @@ def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:
                 f"{folder} is a DINOv3 with {name} {getattr(stated, name)!r}, which is not read; "
                 f"import one with {value!r}"
             )
+    if getattr(stated, "num_channels", 3) != 3:
+        raise ValueError(f"{folder} sees {stated.num_channels} channels; pictures have three")
     mean, std = _colours(folder, *TABLES["colours"][family])
     patch, width, dinov2 = stated.patch_size, stated.hidden_size, family == "dinov2"
     # NaFlex takes any grid; its positions are a square one.
@@ -231,7 +239,8 @@ def _colours(folder: Path, *usual: list[float]) -> tuple[tuple[float, ...], ...]
         value = one if told.get(name) in (None, []) else told[name]
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
         values = values * 3 if len(values) == 1 else values
-        if len(values) != 3 or (name == "image_std" and min(values) <= 0):
+        known = len(values) == 3 and all(isinstance(each, int | float) for each in values)
+        if not known or (name == "image_std" and min(values) <= 0):
             raise ValueError(f"{folder}: its processor has {name} {value}; give three, std above 0")
         found.append(values)
     mean, std = found if told.get("do_normalize") is not False else [(0.0,) * 3, (1.0,) * 3]

@@ -27,6 +27,7 @@ from torch.serialization import safe_globals
 from midstream.core.storage import THREADS, read_json, write_bytes
 
 WEIGHTS = "model.safetensors"
+_INDEX = ".index.json"
 # Of tensors that do not fit, an error names so many of each kind.
 _SHOWN = 3
 
@@ -327,10 +328,13 @@ def _joined(parts: Iterable[tuple[Path, dict[str, Tensor]]]) -> dict[str, Tensor
 
 
 def _in_folder(folder: Path) -> Path:
-    for name in (WEIGHTS, "pytorch_model.bin"):
-        for path in (folder / name, folder / f"{name}.index.json"):
-            if path.is_file():
-                return path
+    names = [f"{name}{end}" for name in (WEIGHTS, "pytorch_model.bin") for end in ("", _INDEX)]
+    kept = [folder / name for name in names if (folder / name).is_file()]
+    if len(kept) > 1 and kept[0].name == WEIGHTS + _INDEX and not any(folder.glob("model-*")):
+        # A hub's small files came without its safetensors, beside whole files of torch.
+        kept = kept[1:]
+    if kept:
+        return kept[0]
     held = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
     raise FileNotFoundError(
         f"{folder} holds neither {WEIGHTS} nor pytorch_model.bin, nor an index of shards of "
@@ -358,13 +362,19 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard, names in sorted(shards.items()):
         held = read_tensors(index.parent / shard)
         if held.keys() != names:
-            lacks, holds = sorted(names - held.keys()), sorted(held.keys() - names)
+            lacks, holds = some(names - held.keys()), some(held.keys() - names)
             raise ValueError(
                 f"{index.parent / shard} is not the shard that {index.name} describes: it lacks "
-                f"{', '.join(lacks) or 'nothing'} and holds {', '.join(holds) or 'nothing'} unasked"
+                f"{lacks} and holds {holds} unasked"
             )
         tensors |= held
     return tensors
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    first, more = sorted(names)[:_SHOWN], len(set(names)) - _SHOWN
+    return (", ".join(first) or "nothing") + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

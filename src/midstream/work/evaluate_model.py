@@ -57,10 +57,15 @@ def evaluate_all(request: EvaluateRequest, channel: Channel) -> None:
     """
     if not request.models:
         raise ValueError("name a model: a stage's folder, an exported one, or one of a hub")
+    names = list(dict.fromkeys(request.models))
+    for name in names[1:]:
+        # A name that is none is told before hours of work on those before it.
+        with _failures_named(name):
+            _check_named(name, request)
     rows = {}
     # A model's weights are read whole, so their digests are kept.
     with kept_digests(request.out / ".digests.sqlite"):
-        for name in dict.fromkeys(request.models):
+        for name in names:
             try:
                 with _failures_named(name):
                     rows[name] = _evaluate_one(name, request, channel)
@@ -163,6 +168,18 @@ def _failures_named(name: str) -> Iterator[None]:
         ) from error
 
 
+def _is_stage(path: Path) -> bool:
+    return (path / "stage.json").is_file() or path.parent.name == "milestones"
+
+
+def _check_named(name: str, request: EvaluateRequest) -> None:
+    """Raises what opening the model would, without its weights."""
+    from midstream.eval.foreign_model import open_config
+
+    if not _is_stage(Path(name)):
+        open_config(name, {"trust_remote_code": request.trust_remote_code})
+
+
 def _open_model(name: str, request: EvaluateRequest) -> tuple[Answerer, Path]:
     """A model by its folder or its name, and the data that it is asked about."""
     from midstream.train.parallel import set_up
@@ -173,7 +190,7 @@ def _open_model(name: str, request: EvaluateRequest) -> tuple[Answerer, Path]:
     device = set_up(machine).device
     path, data = Path(name), request.data
     options = {key: request.evaluation[key] for key in ("max_new_tokens", "batch_size")}
-    if (path / "stage.json").is_file() or path.parent.name == "milestones":
+    if _is_stage(path):
         from midstream.eval.predict import ModelAnswerer
         from midstream.work.open_model import open_model, world_root
 
