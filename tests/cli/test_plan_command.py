@@ -81,7 +81,7 @@ def test_a_plan_says_hours_wall_time_memory_and_disk(tmp_path: Path) -> None:
         "pocket.when_images_arrive", "--store", str(tmp_path), "--gpu", "100:10", "--gpus", "2"
     )
     assert found.exit_code == 0, found.output
-    for text in ("by part: decoder", "100:10 at 31.3%", "GPU-hours", "on 2:", "critical path"):
+    for text in ("by part: decoder", "100:10 at 31.3%", "GPU-hours", "on 2 GPUs:", "critical path"):
         assert text in found.stdout
     assert "GiB stay" in found.stdout
     assert "memory: at most" in found.stdout

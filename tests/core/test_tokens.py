@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midstream.core.tokens import TokenCount, apportion
+from midstream.core.tokens import TokenCount, apportion, quantity, rounded
 
 NAMES = st.lists(st.text("abcdef", min_size=1, max_size=4), min_size=1, max_size=8, unique=True)
 COUNTS = st.builds(
@@ -81,3 +81,10 @@ def test_counts_add_kind_by_kind(one: TokenCount, other: TokenCount) -> None:
 def test_padding_is_not_seen_and_targets_are_not_counted_twice() -> None:
     count = TokenCount(text=1, caption=2, instruct=4, image=8, pad=16, target=7)
     assert (count.seen, count.total) == (15, 31)
+
+
+def test_numbers_are_said_in_few_digits_without_powers_of_ten() -> None:
+    said = [quantity(one) for one in (999, 999.6, 999_499, 999_500, 999_999_999, 1.25e9)]
+    assert said == ["999", "1 k", "999 k", "1 M", "1 G", "1.25 G"]
+    said = [rounded(one, 0.01) for one in (0, 0.001, 0.012, 9.96, 99.4, 99.6, 8096.2)]
+    assert said == ["0", "<0.01", "0.012", "10", "99", "100", "8,096"]

@@ -221,7 +221,7 @@ def test_the_reference_sizes_are_live_at_the_default_limit_and_stored_above_it(
     both = only([pairs, again], ledger)
     assert both.pictures == pytest.approx(alone.pictures)
     assert both.choice.decision == "live"
-    assert "4.28e+03 GiB on disk (at most 64)" in both.choice.reason
+    assert "4,277 GiB on disk (at most 64)" in both.choice.reason
     assert only([pairs, again], ledger, Machine(max_feature_gib=4500)).choice.decision == "stored"
 
     chat = with_budget(first, Epochs(sources=("mix",), epochs=4))

@@ -51,8 +51,11 @@ def test_gpus_are_found_by_name_or_given_in_numbers() -> None:
     assert (own.tflops, own.gib) == (500, 32)
     with pytest.raises(ValueError, match="no GPU 'H10'; did you mean H100"):
         find_gpu("H10")
-    with pytest.raises(ValueError, match="TFLOPS:GIB"):
-        find_gpu("fast:0")
+    for text in ("fast:0", "inf:80", "500:nan"):
+        with pytest.raises(ValueError, match="TFLOPS:GIB"):
+            find_gpu(text)
+    with pytest.raises(ValueError, match="did you mean A100-40 or A100-80"):
+        find_gpu("a100")
 
 
 def test_every_device_that_a_driver_names_is_priced() -> None:

@@ -15,7 +15,7 @@ from midstream.core.storage import write_json
 from midstream.cost.graph import plan
 from midstream.launch import checks
 from midstream.launch.check_data import Problem
-from midstream.launch.checks import problems
+from midstream.launch.checks import exhibits, problems
 from midstream.study.imported import RECORD, ImportRecord
 from midstream.study.label import label
 from midstream.study.stages import (
@@ -27,6 +27,7 @@ from midstream.study.stages import (
     LoadEncoder,
 )
 from midstream.study.store import Ledger
+from midstream.study.studies import Claim, Figure, Line, Study, Table
 from own_studies import ASKED, DECODER, mixed, seen, text_run, told
 
 pytestmark = pytest.mark.usefixtures("no_process")
@@ -187,3 +188,31 @@ def test_a_tokenizer_with_a_rule_that_the_study_does_not_state_is_refused(
         text = text_run(data.model_copy(update={"tokenizer": file}))
         found = [one for one in told(empty, text) if "begins each text with a token" in one.what]
         assert len(found) == refused
+
+
+def test_a_figure_a_table_and_a_claim_are_of_axes_that_the_lines_have(world: Path) -> None:
+    """What a report would miss when all has run is said before."""
+    text = text_run(own_world.data_of(world))
+    line = Line(
+        name="one", axes={"share": 0.5, "seed": 7}, result=Evaluate(of=text, evaluation=ASKED)
+    )
+    study = Study(name="mine", question="?", lines=(line,), figure=Figure(x="share", x_label="x"))
+    claim = Claim(text="more is more", higher={"share": 0.9}, lower={"share": 0.5})
+    whole = {"claims": (claim,), "table": Table(title="t", rows="share", scores=("stable.text",))}
+    assert not list(exhibits(study.model_copy(update=whole)))
+    claim = claim.model_copy(update={"lower": {"shares": 0.5}})
+    table = Table(title="t", rows="scores", columns="part", scores=("stable.text",))
+    wrong = {
+        "claims": (claim,),
+        "table": table,
+        "figure": Figure(x="shares", x_label="x", by="seed"),
+        "lines": (line.model_copy(update={"axes": {"share": float("nan"), "seed": 7}}),),
+    }
+    found = "\n".join(map(str, exhibits(study.model_copy(update=wrong))))
+    assert "drawn over 'shares', and line 'one' has only share, seed; give" in found
+    assert "lies at share nan" in found
+    assert "claim 'more is more' of 'mine' is about 'shares'" in found
+    assert "table of 'mine' is about 'part', which is no axis of its lines; choose from" in found
+    (nothing,) = exhibits(study.model_copy(update={"lines": ()}))
+    assert "no lines and no baselines" in nothing.what
+    assert nothing.level == "wrong"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from midstream.core import storage
 from midstream.core.storage import read_json
@@ -15,7 +16,7 @@ from midstream.study import store as ledger_module
 from midstream.study.lease import is_held
 from midstream.study.stages import PrepareWorld, Stage, stage_from_json
 from midstream.study.store import Ledger, Stopped, launch_lock
-from midstream.study.studies import Study
+from midstream.study.studies import Study, Suite
 
 MakeStudy = Callable[..., Study]
 
@@ -295,6 +296,20 @@ def test_a_study_is_kept_and_read_by_name(ledger: Ledger, make_study: MakeStudy)
     assert [stage.name for stage in order(read)] == [stage.name for stage in order(study)]
     with pytest.raises(FileNotFoundError, match=r"'large'.*it has small"):
         ledger.load_study("large")
+
+
+def test_a_study_has_a_name_that_its_files_can_have(ledger: Ledger, make_study: MakeStudy) -> None:
+    """One that lay elsewhere would not be found again, and its stages be taken for unneeded."""
+    study = make_study()
+    values = study.model_dump()
+    for name in ("", "a/b", "../up", ".mine", "two\nlines", "n" * 300):
+        with pytest.raises(ValidationError, match=r"study's name is that of its files.*give it"):
+            Study.model_validate({**values, "name": name})
+        with pytest.raises(ValidationError, match="study's name is that of its files"):
+            Suite(name=name, question="?", studies=())
+    named = Study.model_validate({**values, "name": "50 % | <b>: caf\u00e9"})
+    ledger.save_study(named)
+    assert ledger.study_names() == [named.name]
 
 
 def test_a_store_that_is_no_folder_is_refused_and_one_that_is_not_there_yet_is_not(

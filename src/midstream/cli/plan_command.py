@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from midstream.cli import DEFAULT_STORE, ScaleName, Settings, Store, StudyName, Verify
-from midstream.core.tokens import UNKNOWN, counted, quantity
+from midstream.core.tokens import UNKNOWN, counted, quantity, rounded
+from midstream.cost import LEAST_HOURS
 
 if TYPE_CHECKING:
     from midstream.cost.graph import Plan
@@ -31,8 +32,8 @@ NUMBERS_WIDTH, LEAST_LABEL_WIDTH = 54, 24
 DAY = 24.0
 # What a plan ends with that has something wrong in it; what this machine lacks is none of that.
 WRONG_EXIT_CODE = 2
-# Fewer GPU-hours are not told apart.
-LEAST_HOURS = 0.01
+# Fewer GiB are not told apart.
+LEAST_GIB = 0.0001
 GIB = 2**30
 
 
@@ -230,7 +231,7 @@ def _kinds_table(priced: "Price") -> Table:
             f"{sum(len(row.lines) for row in rows)}",
             quantity(sum(tokens) if tokens else None),
             quantity(sum(flops) if flops else None),
-            _hours(sum(stage.gpu_hours or 0.0 for stage in mine)),
+            _hours(sum(stage.gpu_hours or 0.0 for stage in mine)) if flops else UNKNOWN,
             _memory(mine),
         )
     return table
@@ -247,13 +248,11 @@ def _memory(stages: "Sequence[StagePrice]") -> str:
 
 
 def _gib(size: float | int) -> str:
-    return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:,.2g}"
+    return rounded(size / GIB, LEAST_GIB)
 
 
 def _hours(hours: float | int) -> str:
-    if 0 < hours < LEAST_HOURS:
-        return f"<{LEAST_HOURS:g}"
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.2g}"
+    return rounded(hours, LEAST_HOURS)
 
 
 def _flops(value: float | int) -> str:
@@ -326,7 +325,8 @@ def _proportions(plan: "Plan", ledger: "Ledger") -> list[str]:
 
 
 def _ratio(least: float, most: float) -> str:
-    return f"{least:.2g} to 1" if f"{least:.2g}" == f"{most:.2g}" else f"{least:.2g} to {most:.2g}"
+    few, many = rounded(least), rounded(most)
+    return f"{few} to 1" if few == many else f"between {few} and {many} to 1"
 
 
 def _prices(plan: "Plan", priced: "Price") -> list[str]:
@@ -340,8 +340,9 @@ def _prices(plan: "Plan", priced: "Price") -> list[str]:
         f"{fleet.gpu.name} at {fleet.utilisation:.1%} of {fleet.gpu.tflops:g} TFLOP/s{told}: "
         f"{_hours(priced.gpu_hours)} GPU-hours to run; {_hours(once)} for all stages once, "
         f"{_hours(alone)} if each line ran alone",
-        f"on {fleet.number}: {_duration(timing.hours)}, at least {_duration(timing.lower_bound)}; "
-        f"critical path {_duration(timing.critical_hours)}: {path}",
+        f"on {counted(fleet.number, 'GPU')}: {_duration(timing.hours)}, at least "
+        f"{_duration(timing.lower_bound)}; critical path {_duration(timing.critical_hours)}: "
+        f"{path}",
         f"disk: {_gib(priced.kept_bytes)} GiB stay, {_gib(priced.peak_bytes)} GiB at most at once",
     ]
     fits = [(one.fit, plan.labels[one.row.stage.name]) for one in priced.stages if one.fit]
@@ -352,8 +353,8 @@ def _prices(plan: "Plan", priced: "Price") -> list[str]:
         fit, name = max(large, key=lambda one: one[0].memory.total)
         lines.append(
             f"{counted(len(large), 'stage does', 'stages do')} not fit: {name} takes "
-            f"{fit.memory.total / GIB:,.1f} GiB on each of {fit.gpus} GPUs with one row at a time, "
-            f"{fleet.gpu.room / GIB:,.1f} GiB are free; raise --gpus or --gpus-per-stage, give "
+            f"{_gib(fit.memory.total)} GiB on each of {counted(fit.gpus, 'GPU')} with one row at a "
+            f"time, {_gib(fleet.gpu.room)} GiB are free; raise --gpus or --gpus-per-stage, give "
             "--checkpointing, or choose a larger --gpu"
         )
     return lines

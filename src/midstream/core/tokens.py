@@ -81,9 +81,17 @@ def quantity(value: float | int | None) -> str:
     if value is None:
         return UNKNOWN
     for place, unit in enumerate("ZEPTGMk"):
-        if value >= (size := 1000.0 ** (7 - place)):
+        # 999.7 is 1 k, as it is written in three digits.
+        if value >= 0.9995 * (size := 1000.0 ** (7 - place)):
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"
+
+
+def rounded(value: float | int, least: float = 0.0) -> str:
+    """A number in two digits, or whole: 0.036, 99, 8,096; "<0.01" where it is below `least`."""
+    if 0 < value < least:
+        return f"<{least:g}"
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.2g}"
 
 
 def duration(seconds: float | int) -> str:

@@ -4,12 +4,15 @@ memory, as the makers' data sheets state them (without sparsity, at full power).
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import isfinite
 
 # Model FLOPs (`config/flops.py`) over the peak: the paper's 1.4B text run, 4.32 T tokens in rows of
 # 2,048 and 106,000 hours of A100s, had 97.6 of 312 TFLOP/s.
 UTILISATION = 0.313
 # What the driver, the libraries and the allocator's gaps take of a device's memory.
 HEADROOM = 0.08
+# Fewer GPU-hours are not told apart.
+LEAST_HOURS = 0.01
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,11 @@ def find_gpu(text: str) -> Gpu:
             tflops, memory = float(peak), float(gib)
         except ValueError:
             tflops = memory = 0.0
-        if min(tflops, memory) > 0:
+        if min(tflops, memory) > 0 and isfinite(tflops) and isfinite(memory):
             return Gpu(text, tflops, memory)
-    near = get_close_matches(text.upper(), GPUS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = [name for name in GPUS if name.startswith(f"{text.upper()}-")]
+    near = near or get_close_matches(text.upper(), GPUS, n=1)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
         f"no GPU {text!r}; {hint}there are {', '.join(GPUS)}, or give TFLOPS:GIB, such as 312:80"
     )

@@ -314,6 +314,7 @@ def _ways(tasks: Sequence[Task]) -> tuple[dict[str, Number], dict[str, str]]:
     for task in reversed(tasks):
         way[task.name] = task.hours + behind.get(task.name, 0.0)
         for parent in task.parents:
-            if way[task.name] > behind.get(parent, -1.0):
+            # Of equal ways the one of more stages, as where some are unknown.
+            if way[task.name] >= behind.get(parent, 0.0):
                 behind[parent], following[parent] = way[task.name], task.name
     return way, following

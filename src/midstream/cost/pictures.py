@@ -19,7 +19,7 @@ from midstream.config import (
 )
 from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.identity import digest
-from midstream.core.tokens import quantity
+from midstream.core.tokens import quantity, rounded
 from midstream.cost.cost import StageCost, cost, images_seen
 from midstream.cost.known import Facts, Number, sources_of
 from midstream.cost.workload import taken
@@ -159,7 +159,7 @@ def choose(
     of them take at most `machine.max_feature_gib`.
     """
     gib = max(pictures, kept) * picture_bytes / 2**30
-    size = f"{gib:,.3g} GiB on disk (at most {machine.max_feature_gib:g})"
+    size = f"{rounded(gib)} GiB on disk (at most {machine.max_feature_gib:g})"
     if machine.features != "auto":
         return Choice(machine.features, f"as the machine says; {size}")
     missing = max(0.0, pictures - kept)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from midstream.config import Machine, TrainedTokenizer
-from midstream.core.tokens import duration, quantity
-from midstream.cost import UTILISATION, Gpu
+from midstream.core.tokens import duration, quantity, rounded
+from midstream.cost import LEAST_HOURS, UTILISATION, Gpu
 from midstream.cost.cost import Flops, model_parameters, trained_parameters, work_of
 from midstream.cost.graph import Plan, PlanRow
 from midstream.cost.known import Number, Schedule, Task, facts_of, prepared_index, schedule
@@ -339,7 +339,9 @@ class SizesPrice:
             time = f", {duration(3600 * here)} of one process here" if here else ""
             flops = self.flops[key]
             number = f"{quantity(flops)}{'' if flops >= 1e3 else ' '}FLOPs"
-            parts.append(f"{number} ({gpu_hours(flops):,.2g} GPU-hours{time}) {what}")
+            parts.append(
+                f"{number} ({rounded(gpu_hours(flops), LEAST_HOURS)} GPU-hours{time}) {what}"
+            )
         return f"ladder: {'; '.join(parts)}"
 
 

@@ -11,12 +11,14 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from midstream.config import EncoderConfig, FusedEncoder, Machine
 from midstream.config.training import check_start, rate_at
 from midstream.core.storage import write_json
+from midstream.core.tokens import rounded
 from midstream.cost import GPUS
 from midstream.cost.graph import Plan, missing_inputs
 from midstream.cost.known import Number
@@ -42,7 +44,7 @@ from midstream.study.stages import (
     came_from,
 )
 from midstream.study.store import Ledger
-from midstream.study.studies import AnyStudy
+from midstream.study.studies import AnyStudy, Study
 
 REMEDY = "mend the benchmark, or leave the task out"
 
@@ -142,6 +144,7 @@ def problems(
     """
     stages = [row.stage for row in plan.to_run]
     found = [
+        *(one for study in plan.study.studies for one in exhibits(study)),
         *lacking(plan.study),
         *_imports(stages),
         *_milestones(stages),
@@ -173,6 +176,42 @@ def lacking(study: AnyStudy) -> Iterator[Problem]:
         )
 
 
+def exhibits(study: Study) -> Iterator[Problem]:
+    """Lines, axes and places that the study's figure, table and claims lack; without them its
+    report, when all has run, shows nothing there."""
+    if not study.named_results:
+        yield Problem(f"study {study.name!r} has no lines and no baselines", "give it lines")
+    for line in study.lines:
+        figure = {study.figure.x, study.figure.by} - {None, *line.axes}
+        for axis in sorted(map(str, figure)):
+            yield Problem(
+                f"the figure of {study.name!r} is drawn over {axis!r}, and line {line.name!r} has "
+                f"only {', '.join(line.axes) or 'no axes'}",
+                "give every line this axis, or the figure one of theirs",
+                key=f"figure {study.name} {axis}",
+            )
+        for axis, place in line.axes.items():
+            if isinstance(place, float) and not isfinite(place):
+                yield Problem(
+                    f"line {line.name!r} of {study.name!r} lies at {axis} {place}, which is no "
+                    "place on an axis",
+                    "give a number, or a name in quotes",
+                )
+    axes = {axis for line in study.lines for axis in line.axes}
+    asked = [
+        (f"claim {one.text!r}", axis) for one in study.claims for axis in (*one.higher, *one.lower)
+    ]
+    if study.table is not None:
+        table = study.table
+        asked += [("table", one) for one in (table.rows, table.columns) if one and one != "scores"]
+    for what, axis in asked:
+        if study.lines and axis not in axes:
+            yield Problem(
+                f"the {what} of {study.name!r} is about {axis!r}, which is no axis of its lines",
+                f"choose from {', '.join(sorted(axes)) or 'no axes'}",
+            )
+
+
 def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
     place = ledger.store.absolute()
     while not place.exists():
@@ -187,7 +226,7 @@ def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
 
 
 def _gib(size: Number) -> str:
-    return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:,.2g}"
+    return rounded(size / GIB)
 
 
 def _text_before(stage: Stage) -> tuple[Pretrain, float] | None:

@@ -21,6 +21,28 @@ def _placed(values: dict[str, Any]) -> dict[str, Any]:
 Placed = Annotated[dict[str, Any], AfterValidator(_placed)]
 
 
+# What a file system allows of a name, less what is put before and behind it.
+MAX_NAME_BYTES = 160
+
+
+def _named(name: str) -> str:
+    """A name as it came, if it can be that of a file and a folder of a store."""
+    if not name or name.startswith(".") or not name.isprintable() or "/" in name:
+        raise ValueError(
+            f"a study's name is that of its files: not empty, no dot before it, no slash and no "
+            f"line break in it, but this is {name!r}; give it another"
+        )
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"a study's name is that of its files, and {name[:40]!r}... has "
+            f"{len(name.encode()):,} bytes; give it one of at most {MAX_NAME_BYTES}"
+        )
+    return name
+
+
+StudyName = Annotated[str, AfterValidator(_named)]
+
+
 class Line(Config):
     """A chain of stages that ends in an evaluated model, and where it lies on the axes."""
 
@@ -141,7 +163,7 @@ class Study(Config):
     """
 
     kind: Literal["study"] = "study"
-    name: str
+    name: StudyName
     question: str
     lines: tuple[Line, ...]
     figure: Figure
@@ -194,7 +216,7 @@ class Suite(Config):
     """
 
     kind: Literal["suite"] = "suite"
-    name: str
+    name: StudyName
     question: str
     studies: tuple[Study, ...]
     notes: tuple[str, ...] = ()
