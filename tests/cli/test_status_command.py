@@ -105,6 +105,19 @@ def test_an_unknown_study_is_answered_with_the_nearest_of_store_and_recipes(ledg
     assert "did you mean 'pocket.when_images_arrive'?" in result.stderr
 
 
+def test_a_study_of_another_version_hides_none_of_the_others(ledger: Ledger) -> None:
+    (ledger.store / "studies" / "older.json").write_text('{"kind": "study", "name": "older"}')
+    result = midstream("status", "--store", ledger.store)
+    assert result.exit_code == 0, result.output
+    assert "mine.small" in result.stdout
+    assert "left out: " in result.stderr
+    assert "older.json is of another version" in result.stderr
+    assert midstream("status", "older", "--store", ledger.store).exit_code == 2
+    # What is no stored study is looked for among those that can be read.
+    result = midstream("status", "pocket.when_images_arrive", "--store", ledger.store)
+    assert result.exit_code == 0, result.output
+
+
 def test_a_suite_is_shown_as_one(ledger: Ledger) -> None:
     suite = Suite(name="all", question="?", studies=(STUDY,))
     ledger.save_study(suite)

@@ -214,5 +214,5 @@ def test_a_figure_a_table_and_a_claim_are_of_axes_that_the_lines_have(world: Pat
     assert "claim 'more is more' of 'mine' is about 'shares'" in found
     assert "table of 'mine' is about 'part', which is no axis of its lines; choose from" in found
     (nothing,) = exhibits(study.model_copy(update={"lines": ()}))
-    assert "no lines and no baselines" in nothing.what
+    assert "has no lines" in nothing.what
     assert nothing.level == "wrong"

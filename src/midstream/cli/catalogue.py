@@ -77,7 +77,7 @@ def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
     asked = _asked(ledger).get(_asked_as(name))
     if found := [other for other in kept if other == asked or _answers(other, name)]:
         return LastStudy(ledger.load_study(found[0]), _choice(name, found))
-    parts = [study for other in kept for study in ledger.load_study(other).studies]
+    parts = [study for other in kept for study in _parts(ledger, other)]
     if within := [study for study in parts if _answers(study.name, name)]:
         return LastStudy(within[0], _choice(name, [study.name for study in within]))
     if ".py" not in name and name not in (known := catalogue()):
@@ -87,6 +87,14 @@ def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
             f"{', '.join(stored) or 'none'}, and there are the recipes {', '.join(known)}"
         )
     return LastStudy(find_study(name, settings, ledger))
+
+
+def _parts(ledger: Ledger, name: str) -> tuple[Study, ...]:
+    """The studies of a stored one; none where another version wrote it, as nobody asked for it."""
+    try:
+        return ledger.load_study(name).studies
+    except ValueError:
+        return ()
 
 
 def _choice(name: str, found: Sequence[str]) -> str | None:

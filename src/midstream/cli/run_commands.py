@@ -297,10 +297,19 @@ def status(
     names = ledger.study_names() if study is None else [study]
     if not names:
         raise FileNotFoundError(f"store {store} holds no study; run one, or give another --store")
-    chosen = [last_study(name, ledger, with_scale(settings, scale)) for name in names]
-    for note in (one.note for one in chosen if one.note is not None):
-        typer.echo(note, err=True)
-    boards = [Board(one.study, ledger) for one in chosen]
+    boards = []
+    for name in names:
+        try:
+            found = last_study(name, ledger, with_scale(settings, scale))
+        except ValueError as reason:
+            # One of several that another version wrote hides none of the others.
+            if study is not None or (name == names[-1] and not boards):
+                raise
+            typer.echo(f"left out: {reason}", err=True)
+            continue
+        if found.note is not None:
+            typer.echo(found.note, err=True)
+        boards.append(Board(found.study, ledger))
     if watch:
         try:
             _watch(boards, every, as_json, time.sleep)

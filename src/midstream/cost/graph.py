@@ -177,7 +177,10 @@ def plan(study: AnyStudy, ledger: Ledger, sizes: Sizes = MappingProxyType({})) -
     stages: dict[str, Stage] = {}
     named = study.named_results
     if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
-        raise ValueError(f"study {study.name!r} names {twice[0]!r} twice; give each line its name")
+        raise ValueError(
+            f"study {study.name!r} names {twice[0]!r} twice; give each line its own name, and "
+            "each seed and place once"
+        )
     for name, result in named:
         _visit(result, stages)
         for identity, share in _needs(result).items():

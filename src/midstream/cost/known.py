@@ -69,8 +69,8 @@ class Facts:
         tokens = sum(part[1] for _, lengths in shown for part in lengths)
         targets = self.targets * tokens / max(self.tokens, 1)
         seen = sum(images * part[0] for images, lengths in shown for part in lengths)
-        images = min(self.images, seen)
-        return replace(self, tokens=tokens, targets=targets, images=images, shown=shown)
+        held = min(self.images, seen)
+        return replace(self, tokens=tokens, targets=targets, images=held, shown=shown)
 
     def pooled(self, pool: int | None) -> "Facts":
         """A pool of the source, of so many of its examples, as expected of a random part."""

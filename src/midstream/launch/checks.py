@@ -15,7 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from midstream.config import EncoderConfig, FusedEncoder, Machine
+from midstream.config import ContinuedCosine, EncoderConfig, FusedEncoder, Machine
 from midstream.config.training import check_start, rate_at
 from midstream.core.storage import write_json
 from midstream.core.tokens import rounded
@@ -179,8 +179,10 @@ def lacking(study: AnyStudy) -> Iterator[Problem]:
 def exhibits(study: Study) -> Iterator[Problem]:
     """Lines, axes and places that the study's figure, table and claims lack; without them its
     report, when all has run, shows nothing there."""
-    if not study.named_results:
-        yield Problem(f"study {study.name!r} has no lines and no baselines", "give it lines")
+    if not study.lines:
+        yield Problem(
+            f"study {study.name!r} has no lines", "give it lines, such as by --set seeds=7"
+        )
     for line in study.lines:
         figure = {study.figure.x, study.figure.by} - {None, *line.axes}
         for axis in sorted(map(str, figure)):
@@ -274,7 +276,9 @@ def _starts(plan: Plan) -> Iterator[Problem]:
         elif before is not None:
             continue  # Both stages' own values say it, when they are made.
         try:
-            check_start(stage.training.schedule, rate, label(before[0] if before else stage))
+            goes_on = isinstance(stage.training.schedule, ContinuedCosine)
+            where = label(before[0] if before is not None and goes_on else stage)
+            check_start(stage.training.schedule, rate, where)
         except ValueError as reason:
             yield Problem.of(reason, "", label(stage))
 

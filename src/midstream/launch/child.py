@@ -121,5 +121,16 @@ def error_words(error: Exception) -> str:
     for item in error.errors(include_url=False):
         path = [*([] if error.title.endswith("Request") else [error.title]), *item["loc"]]
         told = ".".join(str(part) for part in path) or "request"
-        lines.append(f"{told}: {item['msg'].removeprefix('Value error, ')}")
+        lines.append(f"{told}: {item['msg'].removeprefix('Value error, ')}{_range_words(item)}")
     return "\n".join(lines)
+
+
+def _range_words(item: Mapping[str, Any]) -> str:
+    """The number that lies beyond a limit, and for a percentage in place of a share how it is
+    written; nothing for other errors."""
+    value = item["input"]
+    if not item["type"].startswith(("less_than", "greater_than")):
+        return ""
+    if item.get("ctx") == {"le": 1.0} and 1 < value <= 100:
+        return f", not {value}; shares are from 0 to 1, {value:g} % is {value / 100:g}"
+    return f", not {value}"

@@ -138,7 +138,9 @@ def connectors(
     source = at.captions[DATACOMP_DR].source
     held = next((one for one in at.data.expected if one.name == source), None)
     if held is None or not held.num_images:
-        raise ValueError(f"scale {scale} as it is asked for does not say what {source!r} holds")
+        raise ValueError(
+            f"scale {scale} as it is asked for does not say what {source!r} holds; leave shrink out"
+        )
     text = held.num_tokens / held.num_images
     lines = []
     for (name, projector), tokens, seed in product(

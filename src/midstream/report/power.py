@@ -184,7 +184,7 @@ def pilot_of(study: Study, most: int) -> tuple[int, ...]:
             f"--max-seeds is {most}, and the first {len(pilot)} seeds are run before anything is "
             f"decided; allow {len(pilot) + 1} at least"
         )
-    if not study.claims and len({line.axes[study.figure.x] for line in study.lines}) < 2:
+    if not study.claims and len({line.axes.get(study.figure.x) for line in study.lines}) < 2:
         raise ValueError(f"{study.name} has no claim and no two places to decide between")
     return pilot
 
