@@ -374,3 +374,13 @@ def test_a_frozen_decoder_that_sees_no_picture_and_joined_captions_are_refused(
     assert any("web hold no picture" in what for what in found)
     assert any("the joined layout is for text only, pictures" in what for what in found)
     assert len(found) == 2
+
+
+def test_a_budget_of_less_than_one_sequence_is_refused(world: Path, empty: Ledger) -> None:
+    data = own_world.data_of(world)
+    length = ROWS.row_length
+    for total, refused_ones in ((length - 1, 1), (length, 0)):
+        budget = mixed(total, pictures=0.5, web=0.5).model_copy(update={"by": "sequences"})
+        found = told(empty, seen(data, budget))
+        assert len(found) == refused_ones, found
+        assert all(f"raise total_tokens to {length}" in problem.remedy for problem in found)

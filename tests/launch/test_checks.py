@@ -51,6 +51,11 @@ def test_a_completion_that_is_no_milestone_is_refused_with_those_there_are(
         f"{label(text)} keeps its weights at 20, 30, 100 %, not at {share} %" for share in (50, 70)
     ]
     assert "add 0.5 to its milestones" in found[0].remedy
+    # None are kept before the first step, whatever is asked.
+    text = text_run(text.data, milestones=(0.0, 1.0))
+    (found_early,) = told(empty, after(0.0))
+    assert "keeps no weights from before its first step" in found_early.what
+    assert "FromScratch()" in found_early.remedy
 
 
 def test_a_schedule_that_cannot_go_on_from_its_milestone_is_refused(

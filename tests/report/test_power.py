@@ -106,7 +106,7 @@ def test_seeds_are_added_where_they_are_needed_and_a_limit_is_said() -> None:
 @pytest.mark.parametrize(
     ("given", "most", "what"),
     [
-        (scores(1), 9, "1 seeds"),
+        (scores(1), 9, "1 seed, and"),
         (scores(3), 3, "--max-seeds is 3"),
         ({(p,): (0.3, 0.3) for p in PLACES}, 9, "spread of zero"),
         ({(20,): (0.2, 0.3, 0.1)}, 9, "no claim and no two places"),
@@ -182,7 +182,7 @@ def test_what_cannot_be_decided_is_refused_before_anything_runs(
         .replace('if line.axes["seed"] in seeds', "")
     )
     for file, more, what in (
-        ("mine", ["--set", "seeds=[1]"], "1 seeds"),
+        ("mine", ["--set", "seeds=[1]"], "1 seed, and"),
         ("mine", ["--max-seeds", "3"], "--max-seeds is 3"),
         ("fixed", [], "no argument 'seeds'"),
     ):

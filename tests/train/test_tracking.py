@@ -211,6 +211,9 @@ def test_trackers_that_do_not_exist_or_stand_twice_are_refused(tmp_path: Path) -
     assert tracking_of(Machine(), tmp_path, NAME, "continue", {}) is None
     with pytest.raises(ValueError, match="tensorboard"):
         Machine.model_validate({"tracking": ["tensorbord"]})
+    # As a shell leaves them.
+    for text in ("wandb,tensorboard", "[wandb, tensorboard]", '["wandb","tensorboard"]'):
+        assert Machine.model_validate({"tracking": text}).tracking == ("wandb", "tensorboard")
     with pytest.raises(ValueError, match="names one twice"):
         Machine.model_validate({"tracking": ["wandb", "wandb"]})
 

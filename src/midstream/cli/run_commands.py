@@ -141,8 +141,14 @@ def run(
     if decide is None:
         run_and_tell(found, ledger, machine, options, asked=study, slurm=cluster, detach=detach)
         return
-    if detach or isinstance(found, Suite):
+    if detach:
         raise ValueError("--decide follows one study to its end; run it without --detach")
+    if isinstance(found, Suite):
+        names = ", ".join(one.name for one in found.studies)
+        raise ValueError(
+            f"--decide follows one study to its end, and {found.name} is several: {names}; give "
+            "one of them"
+        )
 
     def run_all(this: "AnyStudy") -> None:
         run_and_tell(this, ledger, machine, options, asked=study, slurm=cluster)
@@ -297,7 +303,7 @@ def status(
     names = ledger.study_names() if study is None else [study]
     if not names:
         raise FileNotFoundError(f"store {store} holds no study; run one, or give another --store")
-    boards = []
+    boards: list[Board] = []
     for name in names:
         try:
             found = last_study(name, ledger, with_scale(settings, scale))

@@ -10,6 +10,14 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+def listed(value: Any) -> Any:
+    """The names in a text ("wandb", "[wandb, tensorboard]": shells take quotes away); anything else
+    as it is."""
+    if not isinstance(value, str):
+        return value
+    return [name.strip(" '\"") for name in value.strip(" []").split(",") if name.strip()]
+
+
 class Config(BaseModel):
     """A frozen model; an unknown key is an error that names the nearest known one."""
 
@@ -23,7 +31,7 @@ class Config(BaseModel):
         for key in values:
             if key not in cls.model_fields:
                 near = get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else ""
+                hint = f"did you mean {near[0]!r}? " if near else ""
                 known = ", ".join(cls.model_fields)
-                raise ValueError(f"{cls.__name__} has no field {key!r}; {hint} fields: {known}")
+                raise ValueError(f"{cls.__name__} has no field {key!r}; {hint}fields: {known}")
         return values

@@ -6,9 +6,9 @@ Shapes as OpenLM's (open_lm/scheduler.py), tokens for steps; Slurm's settings ar
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from midstream.config.base import Config, Fraction, Positive, Rate
+from midstream.config.base import Config, Fraction, Positive, Rate, listed
 from midstream.config.budget import Budget, Caption, Rows
 from midstream.core.identity import Placement
 
@@ -245,7 +245,9 @@ class Machine(Config):
     max_feature_gib: Annotated[float, Field(ge=0)] = 64.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Where metrics go beside metrics.jsonl, and under which project.
-    tracking: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    tracking: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(listed)
+    ] = ()
     tracking_project: Annotated[str, Field(min_length=1)] = "midstream"
 
     @model_validator(mode="after")

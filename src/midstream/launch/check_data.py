@@ -284,7 +284,13 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
     if isinstance(training.budget, Mixture) and training.budget.by == "patches":
         patches = stage.model.num_patches
     texts = {name for name, source in sources.items() if source.kind == "text"}
-    for need in needs_of(training.budget, training.rows.row_length, texts):
+    needs = needs_of(training.budget, training.rows.row_length, texts)
+    if not any(need.amount for need in needs):
+        yield Problem(
+            f"a budget of less than a sequence of {training.rows.row_length:,} tokens holds none",
+            f"raise total_tokens to {training.rows.row_length:,} at least",
+        )
+    for need in needs:
         if (source := sources.get(need.source)) is None:
             continue
         tokens, examples = source.tokens + patches * source.images, source.examples

@@ -243,8 +243,16 @@ def _milestones(stages: Iterable[Stage]) -> Iterator[Problem]:
             continue
         text, share = before
         # As folders of milestones are named.
-        kept = [f"{milestone * 100:g}" for milestone in text.milestones]
-        if f"{share * 100:g}" not in kept:
+        kept = [f"{milestone * 100:g}" for milestone in text.milestones if milestone]
+        if not share:
+            yield Problem(
+                f"{label(text)} keeps no weights from before its first step",
+                "begin with start=FromScratch() in place of ContinueFrom(completion=0)"
+                if isinstance(stage, Continue)
+                else "evaluate a milestone above 0",
+                (label(stage),),
+            )
+        elif f"{share * 100:g}" not in kept:
             yield Problem(
                 f"{label(text)} keeps its weights at {', '.join(kept)} %, not at {share * 100:g} %",
                 f"add {share:g} to its milestones, or choose one of those",

@@ -161,7 +161,8 @@ def quotas_of(
         for need in needs_of(budget, row_length, texts)
     ]
     if not any(quota.tokens for quota in found):
-        raise ValueError(f"the plan holds no token; raise the budget {budget.model_dump()}")
+        names = ", ".join(budget.source_names)
+        raise ValueError(f"the plan holds no token of {names}; raise its budget")
     return found
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from midstream.core.decide import LEAST_OWN, detectable, quantile
+from midstream.core.tokens import counted
 from midstream.report.findings import claim_sides, column_of, versus
 from midstream.report.line_rows import group_rows, kinds_of, line_rows, ranked
 from midstream.report.verdicts import SEED, Comparison, Sides, compare, repetitions_needed
@@ -174,8 +175,8 @@ def pilot_of(study: Study, most: int) -> tuple[int, ...]:
     pilot = tuple(dict.fromkeys(seeds))
     if len(seeds) < len(study.lines) or len(pilot) < 2:
         raise ValueError(
-            f"{study.name} has {len(pilot)} seeds, and two at least estimate a spread; give "
-            "--set seeds=[7,365,124]"
+            f"{study.name} has {counted(len(pilot), 'seed')}, and two at least estimate a spread; "
+            "give --set seeds=7,365,124"
         )
     if study.figure.x == SEED or study.levels:
         raise ValueError(f"{study.name} compares its draws themselves; more seeds decide nothing")
