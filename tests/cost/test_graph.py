@@ -284,6 +284,9 @@ def test_the_commands_say_what_they_would_delete_before_they_do(ledger: Ledger) 
     for wanted in (tiny.ENCODER_STAGE.identity[:7], tiny.ENCODER_STAGE.name):
         code, told = run("rm", wanted, "--store", ledger.store)
         assert (code, "1 stage would go" in told) == (0, True)
+    # What --yes refuses is not promised.
+    code, told = run("rm", tiny.TEXT.name, "--store", ledger.store)
+    assert (code, "is needed by kept" in told) == (2, True)
     assert run("rm", "fffffff", "--store", ledger.store)[0] == 2
     code, told = run("rm", "--unneeded", "--yes", "--store", ledger.store)
     assert (code, "deleted 3 stages" in told) == (0, True)

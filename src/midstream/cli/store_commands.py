@@ -87,7 +87,7 @@ def rm(
 ) -> None:
     """Delete stages that no kept study needs; without --yes it only says which."""
     from midstream.cli.catalogue import stored_name
-    from midstream.cost.graph import remove_stages, stored_stages
+    from midstream.cost.graph import removable, remove_stages
     from midstream.cost.graph import unneeded as unneeded_stages
     from midstream.study.store import Ledger
 
@@ -101,9 +101,8 @@ def rm(
         freed = remove_stages(ledger, names)
         typer.echo(f"deleted {counted(len(names), 'stage')}, {_size(freed)}")
         return
-    for one in stored_stages(ledger):
-        if one.name in names:
-            typer.echo(f"{one.label} {_size(one.num_bytes)}")
+    for one in removable(ledger, names):
+        typer.echo(f"{one.label} {_size(one.num_bytes)}")
     typer.echo(f"{counted(len(names), 'stage')} would go; say --yes to delete them")
 
 
@@ -179,7 +178,7 @@ def report(
 ) -> None:
     """Write a study's page, tables and figures from what is done; a suite's, and its index."""
     from midstream.cli.catalogue import last_study, with_scale
-    from midstream.core.storage import write_bytes
+    from midstream.core.storage import require_folder, write_bytes
     from midstream.report.page import summary_text
     from midstream.study.store import Ledger
 
@@ -188,6 +187,8 @@ def report(
         raise FileNotFoundError(f"store {store} does not exist; run the study, or give its --store")
     if out is None:
         _require_room(store)
+    else:
+        require_folder(out, "give another --out")
     chosen = [last_study(name, ledger, settings) for name in studies]
     for note in (one.note for one in chosen if one.note is not None):
         typer.echo(note, err=True)

@@ -285,13 +285,11 @@ def other_bytes(ledger: Ledger) -> dict[str, int]:
     }
 
 
-def remove_stages(ledger: Ledger, names: Sequence[str]) -> int:
-    """Delete stages by their folders' names; returns the bytes.
+def removable(ledger: Ledger, names: Sequence[str]) -> list[StoredStage]:
+    """The stages of these folders.
 
-    No launcher may use the store meanwhile.
-
-    Raises ValueError, with nothing deleted, for a name that is no stage here, a stage that a kept
-    study needs, or one that runs.
+    Raises ValueError for a name that is no stage here, a stage that a kept study needs, or one
+    that runs.
     """
     by_name = {stage.name: stage for stage in stored_stages(ledger)}
     for name in names:
@@ -305,11 +303,20 @@ def remove_stages(ledger: Ledger, names: Sequence[str]) -> int:
             )
         if stage.state == "running":
             raise ValueError(f"{stage.label} is running; wait until it ends, or stop it")
+    return [by_name[name] for name in names]
+
+
+def remove_stages(ledger: Ledger, names: Sequence[str]) -> int:
+    """Delete stages by their folders' names; returns the bytes.
+
+    No launcher may use the store meanwhile. Raises as `removable`, with nothing deleted.
+    """
+    stages = removable(ledger, names)
     require_writable(ledger.store)
     with launch_lock(ledger.store):
         for name in names:
             remove_folder(ledger.store / name)
-    return sum(by_name[name].num_bytes for name in names)
+    return sum(stage.num_bytes for stage in stages)
 
 
 def unneeded(ledger: Ledger) -> list[StoredStage]:
