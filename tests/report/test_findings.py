@@ -9,7 +9,7 @@ import pytest
 
 from midstream.core.decide import Contrast
 from midstream.core.storage import read_json, write_json
-from midstream.report.findings import Finding
+from midstream.report.findings import Finding, points, signed
 from midstream.report.gather import gather
 from midstream.report.line_rows import stable_of
 from midstream.study.store import Ledger
@@ -341,3 +341,8 @@ def test_where_no_model_that_learnt_is_left_it_is_said(ledger: Ledger) -> None:
     found = claimed(ledger, scores)[0]
     assert "without 2 that did not learn a task nothing is left" in found.sentence
     assert "nan" not in found.sentence
+
+
+def test_points_are_never_minus_nothing() -> None:
+    assert [points(one) for one in (-0.0004, 0.0, -0.0006, 0.5)] == ["0.0", "0.0", "-0.1", "50.0"]
+    assert signed(-0.0004) == "0.0"

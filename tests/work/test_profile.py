@@ -46,7 +46,11 @@ def test_a_stage_that_is_too_short_or_lacks_its_data_is_refused(
 ) -> None:
     stay_here(monkeypatch)
     for ledger, steps, said in (
-        (tiny_ledger, 3000, "3004 are wanted; give a smaller --steps"),
+        (
+            tiny_ledger,
+            3000,
+            "3004 are wanted, 4 of them to warm up and for the trace; give --steps ",
+        ),
         (Ledger(tmp_path / "empty"), 3, "not done"),
     ):
         ended = profiled(ledger, tmp_path / "out", steps)

@@ -65,8 +65,8 @@ def place_words(at: Mapping[str, Any]) -> str:
 
 
 def points(value: float | int) -> str:
-    """A score from 0 to 1 in points of 100."""
-    return f"{100 * value:.1f}"
+    """A score from 0 to 1 in points of 100; never minus nothing."""
+    return f"{100 * value:z.1f}"
 
 
 def signed(value: float | int) -> str:

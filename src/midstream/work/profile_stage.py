@@ -57,11 +57,13 @@ def profile(request: ProfileRequest, channel: Channel) -> dict[str, Any]:
         ledger.results(parent)
     runner = StageRunner(ledger, request.machine, lambda event: None, lambda: False)
     job = runner.job(stage, out)
-    needed = WARM_STEPS + request.steps + TRACED_STEPS
-    if job.dataset.plan.num_steps < needed:
+    apart, num_steps = WARM_STEPS + TRACED_STEPS, job.dataset.plan.num_steps
+    if num_steps < apart + request.steps:
+        most = num_steps - apart
+        remedy = f"give --steps {most} or less" if most > 0 else "give a longer --stage"
         raise ValueError(
-            f"{label(stage)} has {job.dataset.plan.num_steps} steps, {needed} are wanted; "
-            "give a smaller --steps"
+            f"{label(stage)} has {num_steps} steps, {apart + request.steps} are wanted, {apart} of "
+            f"them to warm up and for the trace; {remedy}"
         )
     steps = Steps(job, runner, stage)
     for _ in range(WARM_STEPS):
