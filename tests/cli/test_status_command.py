@@ -209,9 +209,14 @@ def test_a_study_of_a_file_is_found_by_what_run_was_given(ledger: Ledger, tmp_pa
     file = tmp_path / "my.py"
     file.write_text("raise RuntimeError('it is not asked again')")
     keep_asked(ledger, f"{file}:study", STUDY)
-    result = midstream("status", f"{file}:study", "--store", ledger.store)
-    assert result.exit_code == 0, result.output
-    assert "mine.small" in result.stdout
+    for age, noted in ((3600, False), (-3600, True)):
+        when = (ledger.store / "studies" / "mine.small.json").stat().st_mtime - age
+        os.utime(file, (when, when))
+        result = midstream("status", f"{file}:study", "--store", ledger.store)
+        assert result.exit_code == 0, result.output
+        assert "mine.small" in result.stdout
+        # What is shown is the study as it was run, whatever stands in its file by now.
+        assert ("was changed since: midstream run" in result.stderr) == noted
 
 
 def stage_view(number: int, state: str = "running", **values: object) -> StageView:

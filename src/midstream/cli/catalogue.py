@@ -11,7 +11,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -76,7 +76,8 @@ def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
     kept = [] if settings else _last_first(ledger)
     asked = _asked(ledger).get(_asked_as(name))
     if found := [other for other in kept if other == asked or _answers(other, name)]:
-        return LastStudy(ledger.load_study(found[0]), _choice(name, found))
+        note = _choice(name, found) or _changed(name, ledger, found[0])
+        return LastStudy(ledger.load_study(found[0]), note)
     parts = [study for other in kept for study in _parts(ledger, other)]
     if within := [study for study in parts if _answers(study.name, name)]:
         return LastStudy(within[0], _choice(name, [study.name for study in within]))
@@ -91,10 +92,17 @@ def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
 
 def _parts(ledger: Ledger, name: str) -> tuple[Study, ...]:
     """The studies of a stored one; none where another version wrote it, as nobody asked for it."""
-    try:
+    with suppress(ValueError):
         return ledger.load_study(name).studies
-    except ValueError:
-        return ()
+    return ()
+
+
+def _changed(name: str, ledger: Ledger, kept: str) -> str | None:
+    """That a user's file was edited after its study was run."""
+    file, stored = Path(name.rpartition(":")[0]), ledger.store / "studies" / f"{kept}.json"
+    if ".py" not in name or not file.is_file() or file.stat().st_mtime <= stored.stat().st_mtime:
+        return None
+    return f"{kept} is shown as it was run; {file} was changed since: midstream run takes that over"
 
 
 def _choice(name: str, found: Sequence[str]) -> str | None:
@@ -119,8 +127,7 @@ def keep_asked(ledger: Ledger, name: str, study: AnyStudy) -> None:
 
 def _asked(ledger: Ledger) -> dict[str, str]:
     path = ledger.store / ASKED
-    names: dict[str, str] = read_json(path) if path.is_file() else {}
-    return names
+    return cast(dict[str, str], read_json(path)) if path.is_file() else {}
 
 
 def _asked_as(name: str) -> str:
