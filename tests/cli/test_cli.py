@@ -13,7 +13,7 @@ from inputs import midstream
 from midstream import __version__
 from midstream.cli import catalogue, plan_command
 from midstream.core.tokens import counted, quantity
-from midstream.cost.graph import order, plan
+from midstream.cost.graph import order, plan, unneeded
 from midstream.launch import local, terminal
 from midstream.launch.scheduler import Outcome
 from midstream.study.store import Ledger
@@ -319,6 +319,14 @@ def test_a_finished_study_has_nothing_to_do(
     result = midstream("run", f"{file}:study", "--store", store)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"nothing to do: all 5 stages of mine are done ({store})\n"
+    # It needs what others have run for it.
+    ledger = Ledger(store)
+    assert ledger.study_names() == ["mine"]
+    assert not unneeded(ledger)
+    assert catalogue.last_study(f"{file}:study", ledger, []).study.name == "mine"
+    # No markup of a terminal's.
+    result = midstream("run", f"{file}:study", "--set", "name=a [red] b", "--store", store)
+    assert "stages of a [red] b are done" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def run_and_tell(
     `asked`: the name under which `status` and `report` find the study again.
     """
     from midstream.cli.catalogue import keep_asked
+    from midstream.core.storage import can_write
     from midstream.cost.graph import order
     from midstream.cost.graph import plan as plan_study
     from midstream.launch import local, terminal
@@ -216,14 +217,19 @@ def run_and_tell(
         raise typer.Exit(outcome.exit_code)
     counts = (outcome.num_done, outcome.num_failed, outcome.num_stopped, outcome.num_skipped)
     if not any(counts) and not outcome.num_queued:
+        # What others have run for it is needed by this study too, from now on.
+        if can_write(ledger.store) and can_write(ledger.store / "studies"):
+            ledger.save_study(study)
+            if asked is not None:
+                keep_asked(ledger, asked, study)
         done = f"nothing to do: all {outcome.num_before} stages of {study.name} are done"
-        console.print(f"{done} ({ledger.store})", soft_wrap=True)
+        console.print(f"{done} ({ledger.store})", markup=False, soft_wrap=True)
         return 0
     now, failed, stopped, skipped = counts
     queued = f", {outcome.num_queued} in Slurm's queue" if outcome.num_queued else ""
     told = f"{study.name}: {counted(now, 'stage')} done now, {outcome.num_before} before, "
     told += f"{failed} failed, {stopped} stopped, {skipped} not started{queued}"
-    console.print(told, soft_wrap=True)
+    console.print(told, markup=False, soft_wrap=True)
     for message in outcome.messages:
         terminal.error(message)
     if outcome.exit_code:

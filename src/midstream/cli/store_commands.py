@@ -43,7 +43,7 @@ def ls(store: Store = DEFAULT_STORE) -> None:
         table.add_column(title, overflow="fold", justify="right" if title == "size" else "left")
     for stage in stored_stages(Ledger(store)):
         needed = ", ".join(stage.studies) or "-"
-        table.add_row(escape(stage.label), stage.state, _size(stage.num_bytes), needed)
+        table.add_row(escape(stage.label), stage.state, _size(stage.num_bytes), escape(needed))
     terminal.out().print(table)
 
 

@@ -147,9 +147,14 @@ def require_folder(path: Path, remedy: str) -> None:
         raise NotADirectoryError(f"{path} is a file, not a folder; {remedy}")
 
 
+def can_write(folder: Path) -> bool:
+    """Whether files may be made in a folder; one that is not there is nobody else's."""
+    return not folder.is_dir() or os.access(folder, os.W_OK | os.X_OK)
+
+
 def require_writable(folder: Path) -> None:
     """Raises PermissionError, with both users and the remedy, for a folder that is not ours."""
-    if not folder.is_dir() or os.access(folder, os.W_OK | os.X_OK):
+    if can_write(folder):
         return
     owner, me = (_user(number) for number in (folder.stat().st_uid, os.geteuid()))
     raise PermissionError(

@@ -330,9 +330,9 @@ def run_study(
     A stage that failed before is tried again only with `retry`; without it, it and its descendants
     are left and named. `on_event` gets {"event": "plan", "num_stages", "num_done"}, then the
     workers' events and {"event": "note", "text"}. A failed stage stops its descendants only. A
-    study that is done starts and writes nothing. What `launch/checks.py` finds wrong is refused, at
-    first and, unless the backend queues, again when the data is prepared, before which nothing else
-    starts; with `skip_checks` all starts at once, and what is wrong fails where it is met.
+    study that is done starts nothing. What `launch/checks.py` finds wrong is refused, at first and,
+    unless the backend queues, again when the data is prepared, before which nothing else starts;
+    with `skip_checks` all starts at once, and what is wrong fails where it is met.
 
     `require` raises ValueError where the plan cannot run here, before anything is written; `known`
     names, with the store held, stages that may be running already. Raises ValueError if another

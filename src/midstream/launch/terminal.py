@@ -209,14 +209,14 @@ def out() -> Console:
 def print_results(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The lines of a study with their axes, stable scores (in points) and seconds."""
     axes = [name for name in (rows[0] if rows else {}) if name.startswith("axis.")]
-    names = [name.removeprefix("axis.") for name in axes]
+    names = [escape(name.removeprefix("axis.")) for name in axes]
     table = Table("line", *names, "vision", "vision, blind", "text", "seconds", "state")
     for row in rows:
         scores = (row[f"stable.{name}"] for name in ("vision", "vision_blind", "text"))
         table.add_row(
             escape(str(row["name"])),
             *("" if row[name] is None else escape(f"{row[name]}") for name in axes),
-            *("" if score is None else f"{100 * score:+.1f}" for score in scores),
+            *("" if score is None else f"{100 * score:+z.1f}" for score in scores),
             "" if row["seconds"] is None else f"{row['seconds']:,.0f}",
             str(row["state"]),
         )
