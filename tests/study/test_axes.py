@@ -7,7 +7,7 @@ from midstream.cost.graph import order
 from midstream.recipes.paper import figure_8
 from midstream.study.axes import Axis, grid, with_field
 from midstream.study.stages import Continue, Evaluate, Finetune, InitFrom, Prepare
-from midstream.study.studies import Figure, Study
+from midstream.study.studies import Figure, Study, line_name
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,9 @@ def test_a_field_that_does_not_exist_is_named_with_what_there_is(
 def test_a_value_that_the_stage_refuses_is_refused(base: Evaluate) -> None:
     with pytest.raises(ValueError, match="row_length"):
         with_field(base, "continue.training.rows.row_length", 4)
+
+
+def test_places_that_differ_in_a_late_digit_have_names_of_their_own(base: Evaluate) -> None:
+    seeds = grid(base, seed=Axis("finetune.training.seed", (20240101, 20240102)))
+    assert [line.name for line in seeds] == ["seed 20240101", "seed 20240102"]
+    assert line_name({"a": 80.0, "b": 0.25, "c": "short", "d": 7}) == "a 80, b 0.25, c short, d 7"

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from midstream.report.line_rows import Group, Spread
-from midstream.study.studies import Study
+from midstream.study.studies import Study, place_name
 
 Place = float | int | str
 
@@ -99,7 +99,7 @@ def scale_of(places: Sequence[Place]) -> Scale:
 
 def crowded(values: Sequence[float | int]) -> bool:
     """Whether two of the rising values lie too near each other for their labels."""
-    width = LETTER_WIDTH * max((len(f"{value:g}") for value in values), default=0)
+    width = LETTER_WIDTH * max((len(place_name(value)) for value in values), default=0)
     gaps = [right - left for left, right in itertools.pairwise(values)]
     return bool(gaps) and min(gaps) < width * (values[-1] - values[0])
 
@@ -109,7 +109,7 @@ def set_places(axes: Axes, scale: Scale) -> None:
     if scale.numeric and not scale.even and crowded(sorted(scale.at.values())):
         axes.xaxis.set_major_locator(MaxNLocator(6))
         return
-    names = [f"{place:g}" if isinstance(place, int | float) else place for place in scale.at]
+    names = [place_name(place) for place in scale.at]
     axes.set_xticks(list(scale.at.values()), names)
     if not scale.numeric and sum(map(len, names)) > MAX_NAMES_LENGTH:
         axes.tick_params(axis="x", rotation=20 if len(names) <= MAX_ASLANT_NAMES else 60)
@@ -385,4 +385,4 @@ def _draw_baselines(axes: Axes, baselines: dict[str, float | int | None]) -> lis
 
 
 def _name(value: float | int | str | None) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return str(value) if value is None else place_name(value)

@@ -21,7 +21,7 @@ from midstream.report.line_rows import (
 from midstream.report.pairs import Examples, Gap, mean_gap
 from midstream.report.verdicts import Comparison, Sides, compare
 from midstream.study.stages import Evaluate
-from midstream.study.studies import Claim, Study
+from midstream.study.studies import Claim, Study, place_name
 
 KIND_NAMES = {
     "prepare_world": "World laid out",
@@ -56,7 +56,7 @@ def score_name(score: str) -> str:
 
 def place(value: Any) -> Any:
     """A value of an axis."""
-    return f"{value:g}" if isinstance(value, int | float) else value
+    return place_name(value) if isinstance(value, int | float) else value
 
 
 def place_words(at: Mapping[str, Any]) -> str:

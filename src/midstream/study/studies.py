@@ -51,12 +51,14 @@ class Line(Config):
     result: Evaluate
 
 
+def place_name(place: Axis) -> str:
+    """What a place on an axis is called: 7, 0.5, short; a seed such as 20240101 in all its digits."""
+    return f"{place:g}" if isinstance(place, float) else str(place)
+
+
 def line_name(axes: Mapping[str, Axis]) -> str:
     """The name of a line by where it lies: "epochs 4, seed 7"."""
-    return ", ".join(
-        f"{axis} {f'{place:g}' if isinstance(place, int | float) else place}"
-        for axis, place in axes.items()
-    )
+    return ", ".join(f"{axis} {place_name(place)}" for axis, place in axes.items())
 
 
 class Figure(Config):
