@@ -52,7 +52,7 @@ class Line(Config):
 
 
 def place_name(place: Axis) -> str:
-    """What a place on an axis is called: 7, 0.5, short; a seed such as 20240101 in all its digits."""
+    """What a place on an axis is called: 7, 0.5, short; whole numbers in all their digits."""
     return f"{place:g}" if isinstance(place, float) else str(place)
 
 
