@@ -131,6 +131,7 @@ def _range_words(item: Mapping[str, Any]) -> str:
     value = item["input"]
     if not item["type"].startswith(("less_than", "greater_than")):
         return ""
-    if item.get("ctx") == {"le": 1.0} and 1 < value <= 100:
+    number = isinstance(value, int | float)
+    if number and item.get("ctx") == {"le": 1.0} and 1 < value <= 100:
         return f", not {value}; shares are from 0 to 1, {value:g} % is {value / 100:g}"
     return f", not {value}"
