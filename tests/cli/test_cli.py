@@ -467,12 +467,3 @@ def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
 )
 def test_quantities_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
     assert quantity(value) == text
-
-
-def test_a_store_at_home_is_there_and_no_folder_of_that_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A shell leaves `--store=~/runs` as it is."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert f"store {tmp_path}/runs holds no study" in refused("status", "--store=~/runs")
-    assert "store ~nobody-here/runs" in refused("status", "--store=~nobody-here/runs")

@@ -8,24 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-
-def at_home(path: Path | None) -> Path | None:
-    """A path whose `~` is the user's home: a shell leaves that of --store=~/runs alone."""
-    try:
-        return None if path is None else path.expanduser()
-    except RuntimeError:  # nobody's home
-        return path
-
-
 StudyName = Annotated[
     str,
     typer.Argument(
         metavar="STUDY", help="A recipe (pocket.when_images_arrive) or my_file.py:function."
     ),
 ]
-Store = Annotated[
-    Path, typer.Option(callback=at_home, help="The folder that holds every stage once.")
-]
+Store = Annotated[Path, typer.Option(help="The folder that holds every stage once.")]
 DEFAULT_STORE = Path("runs")
 Settings = Annotated[
     list[str] | None,

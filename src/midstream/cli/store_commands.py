@@ -18,7 +18,6 @@ from midstream.cli import (
     Store,
     StudyName,
     Threads,
-    at_home,
     work,
 )
 from midstream.core.tokens import counted
@@ -168,16 +167,14 @@ def report(
     scale: ScaleName = None,
     markdown: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", callback=at_home, help="Also write a summary of all of them."),
+        typer.Option(metavar="FILE", help="Also write a summary of all of them."),
     ] = None,
     curves: Annotated[
         int, typer.Option(min=0, metavar="N", help="How many stages have their loss drawn.")
     ] = DEFAULT_CURVES,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", callback=at_home, help="Where the reports go; in the store without it."
-        ),
+        typer.Option(metavar="DIR", help="Where the reports go; in the store without it."),
     ] = None,
 ) -> None:
     """Write a study's page, tables and figures from what is done; a suite's, and its index."""
