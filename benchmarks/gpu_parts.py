@@ -28,8 +28,7 @@ from midstream.model.attention import attend, make_mask, move_mask
 from midstream.study.stages import Continue, Stage, Trained
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.loop import Job
-from midstream.train.parallel import data_workers, forget_peak, peak_memory_bytes
-from midstream.train.step import Clock
+from midstream.train.parallel import Clock, data_workers, forget_peak, peak_memory_bytes
 from midstream.work import run_stage
 from midstream.work.open_model import on_device, open_encoder, open_sources
 from midstream.work.profile_stage import WARM_STEPS, Steps, measured

@@ -12,7 +12,7 @@ import torch
 import tiny
 from midstream.core.storage import read_json, write_json
 from midstream.study.store import Ledger
-from midstream.train.step import Clock
+from midstream.train.parallel import Clock
 from midstream.work.choices import Best
 from midstream.work.profile_stage import Steps
 

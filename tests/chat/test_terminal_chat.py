@@ -15,7 +15,7 @@ from rich.console import Console
 
 import tiny
 from midstream.chat.session import ChatSession, ChatSettings
-from midstream.chat.terminal_chat import HELP, answer_lines, converse
+from midstream.chat.talk import HELP, answer_lines, converse
 from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel
 from midstream.work.protocol import main

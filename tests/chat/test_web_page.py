@@ -16,7 +16,7 @@ import pytest
 
 import tiny
 from midstream.chat.session import ChatSession, ChatSettings
-from midstream.chat.web_page import Page, StayHere, Visitor, require_gradio, serve
+from midstream.chat.talk import Page, StayHere, Visitor, require_gradio, serve
 from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel
 
@@ -166,7 +166,7 @@ def test_everything_served_tells_browsers_to_stay_on_this_machine() -> None:
 
 
 def test_a_missing_gradio_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("midstream.chat.web_page.find_spec", lambda name: None)
+    monkeypatch.setattr("midstream.chat.talk.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape('pip install "midstream[web]"')):
         require_gradio()
 
@@ -174,7 +174,7 @@ def test_a_missing_gradio_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPat
 def test_a_taken_port_is_refused_with_its_number(
     opened: OpenedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("midstream.chat.web_page.require_gradio", lambda: None)
+    monkeypatch.setattr("midstream.chat.talk.require_gradio", lambda: None)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -18,10 +18,9 @@ from midstream.core.tokens import duration
 from midstream.cost.graph import order
 from midstream.launch import terminal
 from midstream.launch.overview import Board, Overview, StageView, overview_table, totals
-from midstream.study import progress
+from midstream.study import lease as progress
 from midstream.study.label import label
-from midstream.study.lease import is_held
-from midstream.study.progress import Sign
+from midstream.study.lease import Sign, is_held
 from midstream.study.stages import Stage
 from midstream.study.store import Ledger, launch_lock
 from midstream.study.studies import Figure, Line, Study, Suite

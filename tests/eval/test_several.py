@@ -16,7 +16,7 @@ from midstream.config import Evaluation
 from midstream.eval.benchmark import evaluate
 from midstream.eval.benchmark_records import UNPACKED, Shown, VisualExample, all_pictures, places
 from midstream.eval.find_task import VisualTask, other_pictures
-from midstream.eval.score_several import mantis_accuracy, nlvr2_numbers
+from midstream.eval.scoring import mantis_accuracy, nlvr2_numbers
 from midstream.eval.tasks import VISUAL_FORMATS
 
 

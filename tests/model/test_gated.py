@@ -20,8 +20,8 @@ from midstream.config import (
 from midstream.config.connectors import gated_flops, gated_parameters
 from midstream.core.batch import IGNORE, Batch
 from midstream.cost.cost import model_parameters
-from midstream.model.gated import GatedStack, latest_pictures, shown
 from midstream.model.generate import choice_logprobs, generate
+from midstream.model.projector import GatedStack, latest_pictures, shown
 from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.order import deal as dealing
-from midstream.order.deal import deal, deal_parts
+from midstream.order import pack as dealing
+from midstream.order.pack import deal, deal_parts
 
 
 def spread(pictures: Sequence[int], shares: Sequence[Sequence[int]]) -> int:

@@ -13,9 +13,9 @@ from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest
 from midstream.launch.scheduler import require_inputs
 from midstream.recipes import paper
-from midstream.recipes.public_models import PUBLIC_MODELS, SHARES
 from midstream.recipes.scales import find_scale
 from midstream.report.curves import curves
+from midstream.study.families import PUBLIC_MODELS, SHARES
 from midstream.study.imported import what_can_run
 from midstream.study.stages import Continue, LoadDecoder
 from midstream.study.store import Ledger

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from midstream.study import progress
-from midstream.study.progress import ProgressFile, metrics_tail, own_part, read_sign
+from midstream.study import lease as progress
+from midstream.study.lease import ProgressFile, metrics_tail, own_part, read_sign
 
 EVENT: dict[str, Any] = {
     "done": 0.25,
@@ -110,7 +110,7 @@ def test_a_stage_marks_where_it_begins_in_the_log_of_its_process(tmp_path: Path)
     log = tmp_path / "worker-1.log"
     log.write_text("before\n")
     program = (
-        "from pathlib import Path; from midstream.study.progress import log_here; import json;"
+        "from pathlib import Path; from midstream.study.lease import log_here; import json;"
         f"print(json.dumps(log_here(Path({str(tmp_path)!r}), 'prepare-1')))"
     )
     with log.open("ab") as stream:

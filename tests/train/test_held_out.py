@@ -24,7 +24,7 @@ from midstream.model.weights import load_weights
 from midstream.study.results import TrainingResult
 from midstream.study.stages import Continue, ContinueFrom, Finetune, Pretrain
 from midstream.study.store import Ledger, Stopped
-from midstream.train import checkpoint, held_out, loop, record
+from midstream.train import checkpoint, held_out, loop, metrics
 from midstream.train.held_out import OtherImages, bytes_of_tokens, plan_held_out
 from midstream.work.open_model import open_encoder, open_sources, open_tokenizer
 from ranked import run_ranks
@@ -230,7 +230,7 @@ def test_a_step_takes_no_time_of_the_evaluation(
         return measure(*given, **options)
 
     monkeypatch.setattr(loop, "evaluate", slow)
-    monkeypatch.setattr(record.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
     mine = tiny.store_with(ledger, tmp_path, *PREPARED)
     tiny.runner(mine).run(TEXT)
     assert clock[0] >= 1000.0 * len(TEXT.milestones)

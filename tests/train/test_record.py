@@ -9,11 +9,9 @@ import torch
 from midstream.core.batch import Batch
 from midstream.core.tokens import TokenCount
 from midstream.train.checkpoint import Progress
-from midstream.train.metrics import MetricsLog
-from midstream.train.parallel import ALONE
-from midstream.train.placing import totals_of
-from midstream.train.record import Record
-from midstream.train.step import Clock, NonFiniteError, Taken
+from midstream.train.metrics import MetricsLog, Record
+from midstream.train.parallel import ALONE, Clock
+from midstream.train.step import NonFiniteError, Taken, totals_of
 
 
 def taken(loss: float, norm: float = 1.0) -> Taken:

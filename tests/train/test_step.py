@@ -13,16 +13,8 @@ from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
 from midstream.study.store import Ledger
-from midstream.train.parallel import Place
-from midstream.train.step import (
-    PARTS,
-    Clock,
-    NonFiniteError,
-    StepResult,
-    make_optimizer,
-    set_rate,
-    train_step,
-)
+from midstream.train.parallel import PARTS, Clock, Place
+from midstream.train.step import NonFiniteError, StepResult, make_optimizer, set_rate, train_step
 from tiny import DECODER, ENCODER, TEXT
 
 LENGTH = 48

@@ -24,8 +24,7 @@ from midstream.study.store import Ledger
 from midstream.train import loop, step
 from midstream.train.checkpoint import Saver
 from midstream.train.parallel import Place
-from midstream.train.placing import placed, totals_of
-from midstream.train.step import Taken, make_optimizer, train_step
+from midstream.train.step import Taken, make_optimizer, placed, totals_of, train_step
 
 # Long enough that segments are cut apart.
 LENGTH = 256

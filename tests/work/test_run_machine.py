@@ -13,7 +13,7 @@ from midstream.config import Evaluation, Machine, Rows
 from midstream.core.storage import read_json
 from midstream.cost.cost import work_of
 from midstream.cost.taken import Setting, memory
-from midstream.study import progress
+from midstream.study import lease as progress
 from midstream.study.stages import Evaluate, Stage, Trained
 from midstream.study.store import Ledger, Stopped
 from midstream.train import loop

@@ -25,7 +25,6 @@ from midstream.cli import (
     Store,
     StudyName,
     Threads,
-    join_command,
     model_commands,
     run_commands,
     store_commands,
@@ -283,7 +282,7 @@ for command_name, command_of in ALL_COMMANDS.items():
 
 join_app = typer.Typer(help="Join sets of data that belong together.", no_args_is_help=True)
 join_app.callback()(lambda: None)  # so that one command alone keeps its name
-join_app.command("captions")(user_errors(join_command.captions))
+join_app.command("captions")(user_errors(store_commands.join_captions))
 app.add_typer(join_app, name="join")
 
 store_app = typer.Typer(

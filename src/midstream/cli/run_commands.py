@@ -402,7 +402,7 @@ def logs(
     """Show a stage's state and error, its last steps, and what its process printed."""
     from midstream.cli.catalogue import stored_stage
     from midstream.study.label import label
-    from midstream.study.progress import metrics_tail
+    from midstream.study.lease import metrics_tail
     from midstream.study.store import Ledger, StageLog
 
     ledger = Ledger(store)

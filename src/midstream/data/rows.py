@@ -19,11 +19,11 @@ from midstream.config import Budget, Mixture, Overflow, Rows, check_pool
 from midstream.core.batch import IGNORE, PADDING, Batch, Row, stack_rows
 from midstream.core.tokens import TokenCount, num_shown
 from midstream.data.columns import Shard
+from midstream.data.examples import Run, runs_of
 from midstream.data.lengths import SourceLengths, fit_to_rows
-from midstream.data.parts import Run, runs_of
 from midstream.data.sources import Source
-from midstream.order.deal import deal_parts
 from midstream.order.mixture import Quota, Supply
+from midstream.order.pack import deal_parts
 from midstream.order.plan import Filled, RowPlan, make_plan
 
 EXAMPLES_AT_ONCE = 2**14

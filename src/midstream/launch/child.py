@@ -53,7 +53,7 @@ WORKS: Mapping[str, Work] = {
     "score": Work("midstream.work.show_scores:score_file"),
     "import": Work("midstream.exchange.import_model:serve"),
     "export": Work("midstream.exchange.export:serve"),
-    "chat": Work("midstream.chat.terminal_chat:chat", has_terminal=True),
+    "chat": Work("midstream.chat.talk:chat", has_terminal=True),
 }
 
 

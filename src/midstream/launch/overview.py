@@ -16,8 +16,7 @@ from midstream.cost.graph import order
 from midstream.cost.taken import seconds_of
 from midstream.launch.slurm_job import JobBook
 from midstream.study.label import DIGITS, kind_words, labels, shortened
-from midstream.study.lease import is_held
-from midstream.study.progress import Sign, read_sign
+from midstream.study.lease import Sign, is_held, read_sign
 from midstream.study.results import StageResult
 from midstream.study.stages import PrepareSource, Stage, TrainEncoder
 from midstream.study.store import Ledger, State

@@ -18,8 +18,7 @@ from midstream.config import Machine
 from midstream.core.storage import read_json, write_json
 from midstream.core.tokens import counted
 from midstream.study.label import label
-from midstream.study.lease import STALE_SECONDS, heartbeat_of, is_held
-from midstream.study.progress import LOG
+from midstream.study.lease import LOG, STALE_SECONDS, heartbeat_of, is_held
 from midstream.study.stages import Stage, stage_from_json
 
 Event = dict[str, Any]

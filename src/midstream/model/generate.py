@@ -4,6 +4,7 @@ An example's result does not depend on its neighbours: see `read_prompts.py`.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,44 +29,26 @@ _LENGTHS, _CONTINUATIONS = 16, 4
 _POSITIONS_AT_ONCE, _POSITIONS_OF_ROW = 256, 4
 
 
-@torch.no_grad()
 def generate(
     vlm: VLM,
     prompts: Sequence[list[int] | Prompt],
     features: Float[Tensor, "images patches width"] | None,
-    *,
-    image_of: Sequence[int] | None = None,
-    begin: int | None = None,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    batch_size: int,
-    sampling: Sampling | None = None,
-    plain: bool = False,
+    **how: Any,
 ) -> list[list[int]]:
-    """The tokens after each prompt, up to `max_new_tokens` or a stop id (left out): the likeliest
-    each time, or drawn as `sampling` says.
-
-    `features` are the encoder's, None without images. A prompt says where its pictures stand, or is
-    a list of ids behind image `image_of[i]` (`i`, where that is None) and the token `begin`. What
-    several prompts have for a head, an image alone too, is read once for all of them; under prefix
-    attention, where it sees the prompt, for each.
-    `plain` prompts are text to go on with, which has no prefix whatever the model's attention.
-    Raises ValueError for an empty prompt, or images that do not fit the prompts.
-    """
-    found = generate_and_score(
-        vlm,
-        prompts,
-        features,
-        [()] * len(prompts),
-        image_of=image_of,
-        begin=begin,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        batch_size=batch_size,
-        sampling=sampling,
-        plain=plain,
-    )
+    """The new tokens after each prompt, of `generate_and_score` without continuations."""
+    found = generate_and_score(vlm, prompts, features, [()] * len(prompts), **how)
     return [tokens for tokens, _ in found]
+
+
+def choice_logprobs(
+    vlm: VLM,
+    prompts: Sequence[list[int] | Prompt],
+    features: Float[Tensor, "images patches width"] | None,
+    choices: Sequence[Sequence[list[int]]],
+    **how: Any,
+) -> list[list[tuple[float, bool]]]:
+    """What `generate_and_score` says of continuations, without new tokens."""
+    return [scores for _, scores in generate_and_score(vlm, prompts, features, choices, **how)]
 
 
 @torch.no_grad()
@@ -77,14 +60,24 @@ def generate_and_score(
     *,
     image_of: Sequence[int] | None = None,
     begin: int | None = None,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
+    max_new_tokens: int = 0,
+    stop_ids: frozenset[int] = frozenset(),
     batch_size: int,
     sampling: Sampling | None = None,
     plain: bool = False,
 ) -> list[tuple[list[int], list[tuple[float, bool]]]]:
-    """For each prompt what `generate` gives, and of its continuations what `choice_logprobs` does,
-    from one reading of the prompt; neither changes the other. Raises what these raise."""
+    """For each prompt the tokens after it, up to `max_new_tokens` or a stop id (left out): the
+    likeliest each time, or drawn as `sampling` says; and of each of its continuations the summed
+    log-probability of the tokens, and whether each of them is the most likely one at its place.
+
+    `features` are the encoder's, None without images. A prompt says where its pictures stand, or is
+    a list of ids behind image `image_of[i]` (`i`, where that is None) and the token `begin`. What
+    several prompts have for a head, an image alone too, is read once for all of them; under prefix
+    attention, where it sees the prompt, for each. It is read once for text and continuations, of
+    which neither changes the other; logits are made where a token of theirs stands.
+    `plain` prompts are text to go on with, which has no prefix whatever the model's attention.
+    Raises ValueError for an empty prompt or continuation, or images that do not fit the prompts.
+    """
     if any(not ids for own in choices for ids in own):
         raise ValueError("a continuation is empty; there is nothing to be likely")
     asked = as_prompts(prompts, features, image_of, begin)
@@ -128,40 +121,6 @@ def _go_on(
     return results
 
 
-@torch.no_grad()
-def choice_logprobs(
-    vlm: VLM,
-    prompts: Sequence[list[int] | Prompt],
-    features: Float[Tensor, "images patches width"] | None,
-    choices: Sequence[Sequence[list[int]]],
-    *,
-    image_of: Sequence[int] | None = None,
-    begin: int | None = None,
-    batch_size: int,
-    plain: bool = False,
-) -> list[list[tuple[float, bool]]]:
-    """For each prompt and each of its continuations the summed log-probability of the
-    continuation's tokens, and whether each of them is the most likely one at its place.
-
-    A prompt, and an image that several ask about, is read once for all continuations, and logits
-    are made where a token of theirs stands. Other arguments as in `generate`. Raises ValueError
-    for an empty prompt, images that do not fit the prompts, or an empty continuation.
-    """
-    found = generate_and_score(
-        vlm,
-        prompts,
-        features,
-        choices,
-        image_of=image_of,
-        begin=begin,
-        max_new_tokens=0,
-        stop_ids=frozenset(),
-        batch_size=batch_size,
-        plain=plain,
-    )
-    return [scores for _, scores in found]
-
-
 def _width(choices: Sequence[list[int]]) -> int:
     """How many tokens of a prompt's continuations are fed: all but the last, a target only."""
     longest = max((len(ids) for ids in choices), default=1) - 1
@@ -171,7 +130,7 @@ def _width(choices: Sequence[list[int]]) -> int:
 def _score(
     vlm: VLM, state: State, choices: Sequence[Sequence[list[int]]], batch_size: int
 ) -> list[list[tuple[float, bool]]]:
-    """`choice_logprobs` of the first rows' continuations; the state is left as it is."""
+    """What is said of the first rows' continuations; the state is left as it is."""
     results: list[list[tuple[float, bool]]] = [[(0.0, True)] * len(own) for own in choices]
     asked = [(row, at) for row, own in enumerate(choices) for at in range(len(own))]
     if not asked:

@@ -17,8 +17,8 @@ from midstream.config import Attention
 from midstream.core.batch import PADDING
 from midstream.model.attention import NO_PICTURE, PICTURE_RULES, Place, pictures_of, sees
 from midstream.model.decoder import Cache, compute_dtype
-from midstream.model.gated import Shown, shown
 from midstream.model.pretrained import TransformersCache
+from midstream.model.projector import Shown, shown
 from midstream.model.vlm import VLM, slot_positions
 
 AnyCache = Cache | TransformersCache

@@ -28,9 +28,8 @@ from midstream.model.attention import (
     pictures_of,
 )
 from midstream.model.decoder import Decoder, select
-from midstream.model.gated import GatedStack, Shown, latest_pictures, looking_at
 from midstream.model.pretrained import TransformersDecoder
-from midstream.model.projector import Projector
+from midstream.model.projector import GatedStack, Projector, Shown, latest_pictures, looking_at
 from midstream.model.vision import VisionEncoder, build_encoder
 from midstream.model.weights import Initialiser
 

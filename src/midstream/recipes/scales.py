@@ -37,8 +37,7 @@ from midstream.recipes.lines import (
 from midstream.recipes.lines import Scale as Scale
 from midstream.recipes.paper_scale import Asked, paper_scale, scale_of
 from midstream.recipes.pocket import pocket_scale
-from midstream.recipes.public_models import PUBLIC_MODELS
-from midstream.study.families import rates_along
+from midstream.study.families import PUBLIC_MODELS, rates_along
 from midstream.study.imported import ImportRecord, Position, read_import
 from midstream.study.stages import PLANNED, Continue, Evaluate, Finetune, Imported, LoadDecoder
 from midstream.study.studies import Axis, Claim, Line, line_name
@@ -54,7 +53,7 @@ PEAK = 3e-3
 
 
 def public_scale(name: str, asked: Asked) -> Scale:
-    """A public model by its name in `recipes/public_models.py`, or the checkpoints of your own.
+    """A public model by its name in `study/families.py`, or the checkpoints of your own.
 
     Those of your own lie under INPUTS/checkpoints, in folders named by the percentage of their run.
     Raises ValueError where there are none, or where they are not of one model.

@@ -20,8 +20,15 @@ from midstream.core.storage import (
     write_json,
 )
 from midstream.study.label import label
-from midstream.study.lease import is_held, lease, lock_of_the_dead
-from midstream.study.progress import ProgressFile, log_here, now, own_part
+from midstream.study.lease import (
+    ProgressFile,
+    is_held,
+    lease,
+    lock_of_the_dead,
+    log_here,
+    now,
+    own_part,
+)
 from midstream.study.results import R, checked
 from midstream.study.stages import Stage, stage_from_json
 from midstream.study.studies import AnyStudy, study_from_json

@@ -25,8 +25,9 @@ from midstream.data.sources import Source
 from midstream.model.vision import Tower, initialisers_of, unset
 from midstream.model.weights import Initialiser, initialise, save_weights, weights_digest
 from midstream.order.stream import draws, permuted
+from midstream.study.lease import progress_event
 from midstream.train.loop import Interrupted
-from midstream.train.metrics import MetricsLog, Tracking, progress_event
+from midstream.train.metrics import MetricsLog, Tracking
 from midstream.train.parallel import autocast
 from midstream.train.step import NonFiniteError, set_rate
 

@@ -27,8 +27,7 @@ from midstream.model.vlm import VLM
 from midstream.order.plan import RowPlan
 from midstream.order.stream import Stream
 from midstream.train.parallel import Place
-from midstream.train.placing import features_of, placed
-from midstream.train.step import NonFiniteError
+from midstream.train.step import NonFiniteError, features_of, placed
 
 # Of each source so many text tokens are read, in an order of this seed; patches do not count, so
 # that models with different encoders read the same examples.

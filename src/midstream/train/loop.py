@@ -30,11 +30,17 @@ from midstream.train import checkpoint
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.guards import StartChecks, Watch
 from midstream.train.held_out import HeldOut, evaluate
-from midstream.train.metrics import MetricsLog, Tracking, meters_of
-from midstream.train.parallel import ALONE, Place, data_workers, device_name, peak_memory
-from midstream.train.placing import StepTotals, totals_of
-from midstream.train.record import Record, Report
-from midstream.train.step import Clock, Taken, freeze, is_trained, make_optimizer, train_step
+from midstream.train.metrics import MetricsLog, Record, Report, Tracking, meters_of
+from midstream.train.parallel import ALONE, Clock, Place, data_workers, device_name, peak_memory
+from midstream.train.step import (
+    StepTotals,
+    Taken,
+    freeze,
+    is_trained,
+    make_optimizer,
+    totals_of,
+    train_step,
+)
 
 
 class Interrupted(Exception):  # noqa: N818 - it ends a stage without being an error

@@ -1,5 +1,5 @@
-"""A stage's meters, the lines of `metrics.jsonl`, and the trackers that are given those beside it,
-never instead.
+"""What steps gave, written down one step later; a stage's meters, the lines of `metrics.jsonl`, and
+the trackers that are given those beside it, never instead.
 
 A tracker that fails or waits is counted; what it lacks of earlier steps is read from the file.
 """
@@ -11,17 +11,23 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from midstream.config import Machine
+from midstream.core.batch import Batch
 from midstream.core.storage import read_json, write_json
 from midstream.core.tokens import TokenCount
 from midstream.cost import gpu_of_device
+from midstream.study.lease import progress_event
+from midstream.train.checkpoint import Progress
+from midstream.train.parallel import Clock
+from midstream.train.step import NonFiniteError, StepResult, Taken
 
 # Rows are handed to the trackers this often.
 SEND_SECONDS = 5.0
@@ -80,7 +86,7 @@ class Tracking:
         before = [_row(json.loads(line), "train", time.time()) for line in kept.splitlines()]
         step = before[-1].step if before else -1
         for name, make in self._make.items():
-            self._try(name, lambda name=name, make=make: self._start(name, make(), step))  # type: ignore[misc]
+            self._try(name, self._start, name, make, step)
         self._send(before)
         ending = False
         while not ending:
@@ -90,9 +96,10 @@ class Tracking:
                 rows.append(self._rows.get())
             self._send(rows)
         for name, tracker in self._open.items():
-            self._try(name, lambda tracker=tracker: tracker.finish(self._failed))  # type: ignore[misc]
+            self._try(name, tracker.finish, self._failed)
 
-    def _start(self, name: str, tracker: "Tracker", step: int) -> None:
+    def _start(self, name: str, make: Callable[[], "Tracker"], step: int) -> None:
+        tracker = make()
         self._last[name] = tracker.begin(step)
         self._open[name] = tracker
 
@@ -101,12 +108,12 @@ class Tracking:
             new = [row for row in rows if row.step > self._last[name]]
             if new:
                 self._last[name] = new[-1].step
-                self._try(name, lambda tracker=tracker, new=new: tracker.send(new))  # type: ignore[misc]
+                self._try(name, tracker.send, new)
 
-    def _try(self, name: str, act: Callable[[], None]) -> None:
+    def _try(self, name: str, act: Callable[..., None], *given: Any) -> None:
         self._busy = name
         try:
-            act()
+            act(*given)
         except Exception as error:  # whatever somebody's library raises
             self._note(name, error)
 
@@ -183,20 +190,6 @@ class MetricsLog:
         """Flush and close."""
         if self._stream is not None:
             self._stream.close()
-
-
-def progress_event(
-    tokens_seen: int, total_tokens: int, loss: float, seconds: float
-) -> dict[str, Any]:
-    """What a stage reports of itself while it runs."""
-    return {
-        "done": tokens_seen / total_tokens,
-        "tokens_seen": tokens_seen,
-        "total_tokens": total_tokens,
-        "loss": loss,
-        "tokens_per_second": tokens_seen / max(seconds, 1e-9),
-        "note": "",
-    }
 
 
 NOTES = "tracking.json"
@@ -368,3 +361,95 @@ class Trackio(Tracker):
             resume="allow",
             embed=False,
         )
+
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Record:
+    """Writes down what steps gave. A step is held until the next one is on its way, or until
+    somebody must know, so that no GPU waits for its host.
+
+    A step takes the seconds since the one before has ended, those of `pause` left out. `rows` are
+    those of a step and of the plan.
+    """
+
+    def __init__(
+        self,
+        log: MetricsLog,
+        clock: Clock,
+        report: Report,
+        progress: Progress,
+        *,
+        rows: tuple[int, int],
+    ) -> None:
+        self._log, self._clock, self._report = log, clock, report
+        self._progress, self._rows = progress, rows
+        self._held: tuple[Taken, float | None] | None = None
+        self._seconds, self._before, self._shown = progress.seconds, time.monotonic(), 0.0
+        self._paused, self.has_begun = 0.0, False
+
+    def next_rows(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
+        """The micro-batches of the next step; None behind the last one."""
+        try:
+            with self._clock.part("data", on_device=True):
+                return next(steps, None)
+        except Exception:
+            self.write()
+            raise
+
+    def hold(self, progress: Progress, taken: Taken, rate: float | None) -> None:
+        """A step that was taken at `rate`, and the counts of all up to it."""
+        assert self._held is None, "the step before is to be written first"
+        self._progress, self._held, self.has_begun = progress, (taken, rate), True
+
+    def read(self) -> StepResult:
+        """What the held step gave; raises NonFiniteError with its rows."""
+        assert self._held is not None, "no step is held"
+        try:
+            return self._held[0].read()
+        except NonFiniteError as error:
+            (size, num_rows), step = self._rows, self._progress.step - 1
+            high = min((step + 1) * size, num_rows) - 1
+            raise NonFiniteError(
+                f"step {step}, rows {step * size} to {high}: {error}; "
+                "the weights are those before the step. Lower the rate or look at these rows"
+            ) from None
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What runs in the block belongs to no step."""
+        before = time.monotonic()
+        yield
+        self._paused += time.monotonic() - before
+
+    def write(self, held_out: Mapping[str, Any] | None = None) -> Progress:
+        """The line of the held step, and the progress with it; the last one where none is held."""
+        if self._held is None:
+            return self._progress
+        result, (taken, rate) = self.read(), self._held
+        seconds, self._before = taken.ended - self._before, taken.ended + self._paused
+        self._seconds, self._paused, self._held = self._seconds + seconds, 0.0, None
+        reached = self._progress
+        line = {
+            "step": reached.step,
+            "tokens_seen": reached.tokens_seen,
+            "loss": result.loss,
+            "rate": rate,
+            "grad_norm": result.grad_norm,
+            "num_targets": result.num_targets,
+            "seconds": round(seconds, 6),
+        }
+        self._log.write(**line, **({"held_out": held_out} if held_out else {}))
+        self._progress = replace(
+            reached,
+            loss=result.loss,
+            seconds=self._seconds,
+            parts=self._clock.read(),
+            metrics_bytes=self._log.position,
+        )
+        if time.monotonic() - self._shown > 0.5:
+            self._shown = time.monotonic()
+            told = reached.total_tokens, result.loss, self._seconds
+            self._report(progress_event(reached.tokens_seen, *told))
+        return self._progress

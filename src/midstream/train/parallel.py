@@ -1,6 +1,7 @@
 """Where a process computes, and with whom: device, precision, determinism, ranks, the mesh.
 
-Blocks in float8 (by torchao); a sharded model's tensors dealt out over ranks and gathered whole.
+Blocks in float8 (by torchao); seconds by part of a step; a sharded model's tensors dealt out over
+ranks and gathered whole.
 """
 
 import ctypes
@@ -9,8 +10,9 @@ import math
 import os
 import resource
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -294,6 +296,42 @@ def peak_memory(place: Place) -> dict[str, Any]:
     if place.device.type == "cuda":
         return {"peak_memory_bytes": max(held), "memory_of": "device"}
     return {"peak_memory_bytes": sum(held), "memory_of": "processes"}
+
+
+# The parts of a step. An encoder that the stage trains is part of the model's work; "ranks" is
+# waiting for other ranks (`Place.meet`).
+PARTS = ("data", "encoder", "model", "ranks", "optimizer", "checkpoint")
+
+
+class Clock:
+    """Seconds by part of the work, of this process; kernels of a GPU by their own time."""
+
+    def __init__(self, device: torch.device, before: Mapping[str, float] | None = None) -> None:
+        self._gpu = device.type == "cuda"
+        self._seconds = dict.fromkeys(PARTS, 0.0) | dict(before or {})
+        self._events = deque[tuple[str, Any, Any]]()
+
+    @contextmanager
+    def part(self, name: str, *, on_device: bool = False) -> Iterator[None]:
+        """What runs in the block belongs to `name`; `on_device`: it starts kernels, or they wait
+        for it."""
+        if on_device and self._gpu:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            first.record()
+            yield
+            last.record()
+            self._events.append((name, first, last))
+            return
+        before = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part so far, of the kernels that have ended by now."""
+        while self._events and self._events[0][2].query():
+            name, first, last = self._events.popleft()
+            self._seconds[name] += first.elapsed_time(last) / 1000
+        return dict(self._seconds)
 
 
 def check_float8(device: torch.device) -> None:

@@ -1,15 +1,15 @@
 """One optimiser step over its micro-batches and ranks, and the model that it is taken on.
 
-Names of parameters stay those of the plain model, sharded, compiled or not.
+What the batches hold over all ranks is counted on the host before the step is computed. Names of
+parameters stay those of the plain model, sharded, compiled or not.
 """
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import astuple, dataclass, fields
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -27,12 +27,110 @@ from torch.utils.checkpoint import checkpoint
 
 from midstream.config import AdamW, PatchProjection, Training, VLMConfig
 from midstream.core.batch import Batch
+from midstream.core.tokens import TokenCount
 from midstream.model.adapters import add_adapters, is_adapter
 from midstream.model.decoder import Decoder
-from midstream.model.vlm import VLM
+from midstream.model.vlm import VLM, Ahead
 from midstream.model.weights import whole
-from midstream.train.parallel import Place, to_float8
-from midstream.train.placing import StepTotals, features_of, placed, totals_of
+from midstream.train.parallel import Clock, Place, to_float8
+
+_WIDTH = len(fields(TokenCount))
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts of a step over all ranks, and the same by source; the pictures of each micro-batch;
+    rows with a picture and the padding in them; `attended`, the sum over positions of how many each
+    looks at; whether a rank was asked to stop.
+    """
+
+    counts: TokenCount
+    sources: Mapping[str, TokenCount]
+    num_images: tuple[int, ...]
+    image_rows: int
+    image_row_pad: int
+    attended: int
+    stop: bool
+
+
+def totals_of(
+    micro_batches: Sequence[Batch], place: Place, names: Sequence[str] = (), *, stop: bool = False
+) -> StepTotals:
+    """The sums over the ranks, of which each brings its own and equally many micro-batches.
+
+    `names` are the sources that are counted; `stop` is whether this rank was asked to stop. One
+    collective of the hosts.
+    """
+    image_rows = image_row_pad = attended = 0
+    for batch in micro_batches:
+        attended += int((batch.position_ids + 1)[batch.segment_ids >= 0].sum())
+        shown = torch.unique(batch.image_slots[:, 0])
+        image_rows += len(shown)
+        image_row_pad += int((batch.segment_ids[shown] < 0).sum())
+    nothing = TokenCount()
+    held = [sum((batch.counts for batch in micro_batches), nothing)]
+    for name in names:
+        held.append(sum((batch.sources.get(name, nothing) for batch in micro_batches), nothing))
+    mine = [int(stop), image_rows, image_row_pad, attended]
+    mine += [number for counts in held for number in astuple(counts)]
+    mine += [len(batch.images) for batch in micro_batches]
+    asked, image_rows, image_row_pad, attended, *rest = map(int, place.sum(mine))
+    end = _WIDTH * len(held)
+    every = [TokenCount(*rest[at : at + _WIDTH]) for at in range(0, end, _WIDTH)]
+    return StepTotals(
+        counts=every[0],
+        sources=dict(zip(names, every[1:], strict=True)),
+        num_images=tuple(rest[end:]),
+        image_rows=image_rows,
+        image_row_pad=image_row_pad,
+        attended=attended,
+        stop=asked > 0,
+    )
+
+
+def placed(model: VLM, batch: Batch, place: Place) -> tuple[Batch, Ahead]:
+    """A batch of this rank on its device, as large as its kernels like it, and what the model needs
+    to know of it.
+
+    To a GPU both are copied from page-locked memory beside what it computes meanwhile.
+    """
+    # Shapes that change from batch to batch cost a processor nothing, and a GPU its kernels.
+    if place.device.type == "cpu":
+        batch = batch.trimmed()
+        return batch, model.ahead(batch)
+    ahead = model.ahead(batch, place.device)
+    copying, computing = _copy_stream(place.device), torch.cuda.current_stream(place.device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        there = pinned.to(place.device, non_blocking=True)
+        # So that its memory is not given away before `computing` has done with it.
+        there.record_stream(computing)
+        return there
+
+    with torch.cuda.stream(copying):
+        found = batch.map(copied), ahead.map(copied)
+    computing.wait_stream(copying)
+    return found
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def features_of(
+    model: VLM, batch: Batch, encode: Callable[[Tensor], Tensor] | None, num_images: int
+) -> Tensor | None:
+    """The batch's patch features, or None; `num_images` counts the pictures of all ranks."""
+    if encode is not None:
+        return encode(batch.images) if len(batch.images) else None
+    # A model's own encoder is sharded: it runs on every rank, if need be on no picture, or on none.
+    config = model.config.encoder
+    if config is None or num_images:
+        return None
+    return torch.zeros((0, config.num_patches, config.hidden_size), device=batch.input_ids.device)
+
 
 # The parameters of a model's own encoder.
 _ENCODER = "encoder."
@@ -201,42 +299,6 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 setattr(module, name, buffer.to(device))
-
-
-# The parts of a step. An encoder that the stage trains is part of the model's work; "ranks" is
-# waiting for other ranks (`Place.meet`).
-PARTS = ("data", "encoder", "model", "ranks", "optimizer", "checkpoint")
-
-
-class Clock:
-    """Seconds by part of the work, of this process; kernels of a GPU by their own time."""
-
-    def __init__(self, device: torch.device, before: Mapping[str, float] | None = None) -> None:
-        self._gpu = device.type == "cuda"
-        self._seconds = dict.fromkeys(PARTS, 0.0) | dict(before or {})
-        self._events = deque[tuple[str, Any, Any]]()
-
-    @contextmanager
-    def part(self, name: str, *, on_device: bool = False) -> Iterator[None]:
-        """What runs in the block belongs to `name`; `on_device`: it starts kernels, or they wait
-        for it."""
-        if on_device and self._gpu:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            first.record()
-            yield
-            last.record()
-            self._events.append((name, first, last))
-            return
-        before = time.perf_counter()
-        yield
-        self._seconds[name] += time.perf_counter() - before
-
-    def read(self) -> dict[str, float]:
-        """Seconds of each part so far, of the kernels that have ended by now."""
-        while self._events and self._events[0][2].query():
-            name, first, last = self._events.popleft()
-            self._seconds[name] += first.elapsed_time(last) / 1000
-        return dict(self._seconds)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ from midstream.study.store import Ledger
 from midstream.train.guards import parameter_table
 from midstream.train.loop import Job
 from midstream.train.metrics import meters_of
-from midstream.train.parallel import data_workers, device_name, forget_peak, peak_memory
-from midstream.train.placing import StepTotals
-from midstream.train.step import Clock, Taken, freeze, is_trained, make_optimizer, train_step
+from midstream.train.parallel import Clock, data_workers, device_name, forget_peak, peak_memory
+from midstream.train.step import StepTotals, Taken, freeze, is_trained, make_optimizer, train_step
 from midstream.work.protocol import Channel, Request
 from midstream.work.run_stage import StageRunner
 

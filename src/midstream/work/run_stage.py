@@ -29,6 +29,7 @@ from midstream.data.rows import Images, NoImages, RowDataset, plan_rows
 from midstream.launch.local import require_trackers
 from midstream.model.weights import initialise
 from midstream.order.plan import DOCUMENT_ROWS
+from midstream.study.lease import progress_event
 from midstream.study.results import RESULTS, SourceResult, StageResult, checked
 from midstream.study.stages import (
     Continue,
@@ -425,16 +426,7 @@ class StageRunner:
         self._note(done, note)
 
     def _note(self, done: float, note: str) -> None:
-        self.report(
-            {
-                "done": done,
-                "tokens_seen": 0,
-                "total_tokens": 0,
-                "loss": None,
-                "tokens_per_second": 0.0,
-                "note": note,
-            }
-        )
+        self.report(progress_event(0, 0, None, 0.0) | {"done": done, "note": note})
 
 
 def _checked(stage: Stage, results: dict[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,8 @@ from midstream.core.storage import write_bytes
 from midstream.core.tokens import TokenCount
 from midstream.cost.cost import cost
 from midstream.cost.graph import PlanRow, order_of
-from midstream.data.examples import TextCodec
+from midstream.data.examples import TextCodec, runs_of
 from midstream.data.images import decode_pixels
-from midstream.data.parts import runs_of
 from midstream.data.rows import GO_ON, build_row, plan_rows, shares_report
 from midstream.data.sources import Source
 from midstream.data.views import picture_views
