@@ -6,14 +6,17 @@ import random
 import re
 from pathlib import Path
 
+import made_studies
 import pytest
 from made_studies import flat_rows, groups_of
 from made_whole import PERCENTS
 
 from midstream.report.curves import MAX_POINTS, curve_figure
 from midstream.report.figures import panel_figure, stable_panel
+from midstream.report.gather import flat_records, seen_grid, seen_records
 from midstream.report.line_rows import Part as Used
 from midstream.report.line_rows import best_group, spent, write_csv
+from midstream.study.stages import Finetune
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Study
 
@@ -161,3 +164,27 @@ def test_long_curves_are_drawn_from_at_most_two_hundred_points() -> None:
     assert 100 < max(paths) <= MAX_POINTS
     with pytest.raises(ValueError, match="no metrics"):
         curve_figure([])
+
+
+def test_axes_called_as_the_ledgers_own_columns_stay_apart(ledger: Ledger) -> None:
+    axes, scores = ("stage", "views"), {("early", 1): (0.1,), ("late", 2): (0.2,)}
+    study = made_studies.study(scores, axes=axes)
+    for line in study.lines:
+        times = int(line.axes["views"])
+        pictures = {"distinct": 30, "views": 30 * times, "times": [[times, 30]]}
+        share = {"planned_tokens": 9, "realised_tokens": 9, "largest_example_tokens": 3}
+        stage = line.result.of
+        assert isinstance(stage, Finetune)
+        sources = {"talks": share | {"pictures": pictures}}
+        made_studies.finish(ledger, stage, {"tokens_seen": 9, "sources": sources})
+    records = seen_records(study, ledger)
+    own = ("axis.stage", "axis.views", "stage", "source", "pictures", "views", "times")
+    assert [tuple(one[name] for name in own) for one in flat_records(records)] == [
+        ("early", 1, "finetune", "talks", 30, 30, "1:30"),
+        ("late", 2, "finetune", "talks", 30, 60, "2:30"),
+    ]
+    rows = seen_grid(study, records).rows
+    assert [(row[0], row[1], row[-2]) for row in rows] == [
+        ("early, 1", "Fine-tuning", "1.00"),
+        ("late, 2", "Fine-tuning", "2.00"),
+    ]

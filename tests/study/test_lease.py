@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 
 from midstream.study import lease as module
-from midstream.study.lease import STALE_SECONDS, heartbeat_of, is_held, lease
+from midstream.study import lease as progress
+from midstream.study.lease import (
+    STALE_SECONDS,
+    ProgressFile,
+    heartbeat_of,
+    is_held,
+    lease,
+    metrics_tail,
+    own_part,
+    read_sign,
+)
 
 # Takes the lease without a lock, and then waits.
 HOLD = """
@@ -151,3 +161,137 @@ def test_a_heartbeat_is_touched_again_and_again(
         os.utime(heartbeat_of(lock), (0, 0))
         while heartbeat_of(lock).stat().st_mtime == 0:
             time.sleep(0.01)
+
+
+EVENT: dict[str, Any] = {
+    "done": 0.25,
+    "tokens_seen": 100,
+    "total_tokens": 400,
+    "loss": 2.5,
+    "tokens_per_second": 50.0,
+    "note": "encoding",
+}
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "NOTE_SECONDS", 0.0)
+
+
+def lines(folder: Path, *values: dict[str, Any]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in values)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def test_a_short_stage_leaves_no_note(tmp_path: Path) -> None:
+    ProgressFile(tmp_path).note(EVENT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_note_says_how_far_a_stage_is_and_from_its_start_how_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = iter(["2026-01-01T00:00:00+00:00"] * 2 + ["2026-01-01T00:00:30+00:00"])
+    monkeypatch.setattr(progress, "now", lambda: next(moments))
+    file = ProgressFile(tmp_path)
+    file.note(EVENT)
+    first = read_sign(tmp_path, None)
+    assert (first.done, first.loss, first.note) == (0.25, 2.5, "encoding")
+    assert first.seconds_left is None
+    file.note({**EVENT, "done": 0.5, "note": "more"})
+    later = read_sign(tmp_path, None)
+    # A quarter in half a minute, two quarters are left.
+    assert (later.done, later.note, later.seconds_left) == (0.5, "more", 60.0)
+    assert later.seen == "2026-01-01T00:00:30+00:00"
+    file.remove()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_note_of_an_earlier_start_is_gone_at_the_next(tmp_path: Path) -> None:
+    ProgressFile(tmp_path).note(EVENT)
+    assert read_sign(tmp_path, None).done == 0.25
+    ProgressFile(tmp_path)
+    assert read_sign(tmp_path, None).done is None
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_note_that_cannot_be_written_is_told_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, value: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(progress, "write_json", full)
+    file = ProgressFile(tmp_path)
+    file.note(EVENT)
+    file.note(EVENT)
+    assert capsys.readouterr().err.count("disk full; the stage goes on") == 1
+
+
+def test_steps_say_more_than_notes_and_give_the_speed_of_the_last_of_them(tmp_path: Path) -> None:
+    steps = [
+        {"step": k, "tokens_seen": 100 * k, "loss": 4.0 - k, "seconds": 99.0 if k == 1 else 2.0}
+        for k in (1, 2, 3)
+    ]
+    lines(tmp_path, *steps)
+    found = read_sign(tmp_path, 1000)
+    # The first step's seconds lie before its tokens: 200 tokens in the 4 seconds behind it.
+    assert (found.done, found.loss, found.tokens_per_second) == (0.3, 1.0, 50.0)
+    assert found.seconds_left == 700 / 50
+    (tmp_path / "progress.json").write_text(json.dumps({**EVENT, "total_tokens": 600}))
+    assert read_sign(tmp_path, 1000).done == 0.5
+
+
+def test_steps_without_a_total_say_how_fast_but_not_how_far(tmp_path: Path) -> None:
+    lines(tmp_path, {"step": 1, "tokens_seen": 100, "loss": 1.0, "seconds": 1.0})
+    assert read_sign(tmp_path, None).done is None
+
+
+def test_the_tail_of_long_metrics_is_whole_lines_and_leaves_out_an_open_one(tmp_path: Path) -> None:
+    lines(tmp_path, *({"step": k, "filler": "x" * 100} for k in range(2000)))
+    path = tmp_path / "metrics.jsonl"
+    assert path.stat().st_size > progress._TAIL_BYTES
+    with path.open("a") as stream:
+        stream.write('{"step": 2000, "fil')
+    assert [line["step"] for line in metrics_tail(tmp_path, 3)] == [1997, 1998, 1999]
+    assert len(metrics_tail(tmp_path, 10**6)) > 400
+
+
+def test_a_stage_marks_where_it_begins_in_the_log_of_its_process(tmp_path: Path) -> None:
+    log = tmp_path / "worker-1.log"
+    log.write_text("before\n")
+    program = (
+        "from pathlib import Path; from midstream.study.lease import log_here; import json;"
+        f"print(json.dumps(log_here(Path({str(tmp_path)!r}), 'prepare-1')))"
+    )
+    with log.open("ab") as stream:
+        told = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, progress.LOG: str(log)},
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            check=True,
+        ).stdout
+    assert json.loads(told) == {"log": "worker-1.log", "log_start": len("before\n")}
+    assert log.read_text().startswith("before\n--- prepare-1 starts, ")
+
+
+def test_a_log_outside_the_store_keeps_its_whole_path_and_none_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "elsewhere.out"
+    monkeypatch.setenv(progress.LOG, str(other))
+    assert progress.log_here(tmp_path / "store", "prepare-1") == {"log": str(other), "log_start": 0}
+    monkeypatch.delenv(progress.LOG)
+    assert progress.log_here(tmp_path, "prepare-1")["log"] is None
+
+
+def test_a_stages_part_of_a_log_ends_where_the_next_begins() -> None:
+    mark = b"--- %s starts, 2026-01-01, process 1\n"
+    mine, other = mark % b"prepare-1", mark % b"pretrain-2"
+    assert own_part(mine + b"a\nb\n" + other + b"c\n", "prepare-1") == (mine + b"a\nb\n", True)
+    assert own_part(mine + b"a\n" + mine + b"b\n", "prepare-1") == (mine + b"a\n", True)
+    assert own_part(b"a\n", "prepare-1", begun=True) == (b"a\n", False)
+    assert own_part(other, "prepare-1") == (b"", True)

@@ -155,6 +155,11 @@ def pool_of(task: str) -> str:
     return f"{task}_train"
 
 
+def is_pool(task: str) -> bool:
+    """Whether a task of this name is one of `pool_of`."""
+    return task.endswith(pool_of(""))
+
+
 class Evaluation(Config):
     """Which benchmarks, how many examples of each, and how they are asked.
 
@@ -403,6 +408,21 @@ def moments_factor(tokens_seen: int, total_tokens: int, *, step_tokens: int) -> 
     """
     warm = _MOMENTS_FRACTION * total_tokens
     return min(1.0, (tokens_seen + step_tokens) / warm) if warm else 1.0
+
+
+def stage_rate(
+    training: Training,
+    tokens_seen: int,
+    total_tokens: int,
+    parent_rate: float | None,
+    *,
+    warm: bool,
+) -> float:
+    """`rate_at` of a stage's next whole step; `warm`: its moments start at zero and fill."""
+    step_tokens = training.rows.batch_rows * training.rows.row_length
+    at = (tokens_seen, total_tokens)
+    rate = rate_at(training.schedule, *at, parent_rate=parent_rate, step_tokens=step_tokens)
+    return rate * moments_factor(*at, step_tokens=step_tokens) if warm else rate
 
 
 def check_start(schedule: AnySchedule, parent_rate: float | None, where: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from PIL import Image, UnidentifiedImageError
 
-from midstream.config.training import pool_of
+from midstream.config.training import is_pool
 from midstream.core.digests import is_hidden
 from midstream.core.storage import write_bytes
 from midstream.data.examples import IMAGE_MARK, without_marks
@@ -166,7 +166,7 @@ def find_file(folder: Path, *patterns: str) -> Path:
 
 def split_of(folder: Path, split: str) -> str:
     """The split whose files a folder holds: `split`, or "train" where shots are drawn from it."""
-    return "train" if folder.name.endswith(pool_of("")) else split
+    return "train" if is_pool(folder.name) else split
 
 
 def no_key_twice(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ It is written whole or not at all, after everything has been read.
 
 import hashlib
 import json
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from midstream.model.vlm import VLM, build_decoder
 from midstream.model.weights import fill, save_weights, some, weights_digest
 from midstream.study.imported import RECORD, ImportRecord, Position, tower_folders
 from midstream.train.checkpoint import Progress
-from midstream.work.protocol import Channel
+from midstream.work.protocol import Channel, in_a_line, is_ours
 
 # ----------------------------------------------------------------------------- the vocabulary
 
@@ -153,14 +152,10 @@ def serve(request: ImportRequest, channel: Channel) -> None:
     except (ValueError, OSError):
         raise
     except Exception as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__", "").startswith("midstream."):
+        if is_ours(error):
             raise
         # A library's own code, on behalf of this checkpoint.
-        told = " ".join(str(error).split())
-        raise ValueError(
-            f"{request.source} cannot be imported: {type(error).__name__}: {told}"
-        ) from error
+        raise ValueError(f"{request.source} cannot be imported: {in_a_line(error)}") from error
     print("\n".join(summary(request.out, record, notes)))
 
 

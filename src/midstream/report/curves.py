@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from midstream.config import ContinuedCosine
-from midstream.config.training import check_start, moments_factor, rate_at
+from midstream.config.training import check_start, rate_at, stage_rate
 from midstream.cost.cost import cost
 from midstream.cost.graph import order
 from midstream.report.figures import FILES, INK, SERIES, STYLE, saved
@@ -200,19 +200,8 @@ def _span(stage: Trained, spans: dict[str, _Span], ledger: Ledger | None) -> _Sp
 
 
 def _rate(stage: Trained, span: _Span, share: float) -> float:
-    seen = round(share * span.tokens)
-    rows = stage.training.rows
-    step_tokens = rows.batch_rows * rows.row_length
-    rate = rate_at(
-        stage.training.schedule,
-        seen,
-        span.tokens,
-        parent_rate=span.parent_rate,
-        step_tokens=step_tokens,
-    )
-    if warms_up_moments(stage):
-        rate *= moments_factor(seen, span.tokens, step_tokens=step_tokens)
-    return rate
+    seen, warm = round(share * span.tokens), warms_up_moments(stage)
+    return stage_rate(stage.training, seen, span.tokens, span.parent_rate, warm=warm)
 
 
 def _position(stage: LoadDecoder | LoadModel) -> tuple[int, int | None, float | None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from midstream.config import AnyEncoderConfig, Machine, Training
 from midstream.config.flops import model_flops
-from midstream.config.training import check_start, moments_factor, rate_at
+from midstream.config.training import check_start, stage_rate
 from midstream.core.batch import Batch
 from midstream.core.storage import CorruptError
 from midstream.core.tokens import TokenCount
@@ -88,25 +88,10 @@ class Job:
     origin: Mapping[str, str] = field(default_factory=dict)
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 
-    @property
-    def step_tokens(self) -> int:
-        """Positions of a whole step."""
-        rows = self.training.rows
-        return rows.batch_rows * rows.row_length
-
     def rate_at(self, tokens_seen: int) -> float:
         """The learning rate of the step that follows `tokens_seen` tokens of this stage."""
-        total, step_tokens = self.dataset.plan.seen_tokens, self.step_tokens
-        rate = rate_at(
-            self.training.schedule,
-            tokens_seen,
-            total,
-            parent_rate=self.start.parent_rate,
-            step_tokens=step_tokens,
-        )
-        if self.start.moments == "warm":
-            rate *= moments_factor(tokens_seen, total, step_tokens=step_tokens)
-        return rate
+        total, warm = self.dataset.plan.seen_tokens, self.start.moments == "warm"
+        return stage_rate(self.training, tokens_seen, total, self.start.parent_rate, warm=warm)
 
 
 def train(
@@ -367,21 +352,38 @@ def _views(job: Job) -> list[dict[str, Any] | None]:
     return [None if shown is None else shown.model_dump(mode="json") for shown in views]
 
 
+def stage_meters(
+    job: Job, place: Place, progress: Progress, parts: Mapping[str, float]
+) -> dict[str, Any]:
+    """`meters_of` what a job's steps held and took; every rank calls it."""
+    counts, images = progress.counts, progress.num_images
+    return meters_of(
+        counts=counts,
+        images=images,
+        flops=model_flops(
+            job.model.config,
+            positions=counts.seen,
+            texts=counts.seen - counts.image,
+            attended=progress.attended,
+            images=images,
+            encoded=images if job.looks else 0,
+            trains_encoder=is_trained(job.model.encoder),
+            trains_decoder=not job.training.keeps_decoder,
+        ),
+        seconds=progress.seconds,
+        parts=parts,
+        device=device_name(place.device),
+        num_devices=place.world_size,
+        product_flops=place.peak_flops,
+        memory=peak_memory(place),
+    )
+
+
 def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
     row_length = job.training.rows.row_length
     image_positions = progress.image_rows * row_length
-    counts, memory = progress.counts, peak_memory(place)
-    flops = model_flops(
-        job.model.config,
-        positions=counts.seen,
-        texts=counts.seen - counts.image,
-        attended=progress.attended,
-        images=progress.num_images,
-        encoded=progress.num_images if job.looks else 0,
-        trains_encoder=is_trained(job.model.encoder),
-        trains_decoder=not job.training.keeps_decoder,
-    )
     parts = place.sum([each / place.world_size for each in progress.parts.values()])
+    meters = stage_meters(job, place, progress, dict(zip(progress.parts, parts, strict=True)))
     data = job.dataset
     planned_shares = shares_report(data.plan, data.sources, data.num_patches)
     views = place.gather(_views(job) if place.rank == 0 else None)[0]
@@ -403,16 +405,6 @@ def _results(job: Job, progress: Progress, place: Place) -> dict[str, Any]:
         ),
         "weights_digest": checkpoint.digests(job.model, None, place=place)["model"],
         "seconds": progress.seconds,
-        "meters": meters_of(
-            counts=counts,
-            images=progress.num_images,
-            flops=flops,
-            seconds=progress.seconds,
-            parts=dict(zip(progress.parts, parts, strict=True)),
-            device=device_name(place.device),
-            num_devices=place.world_size,
-            product_flops=place.peak_flops,
-            memory=memory,
-        ),
-        **memory,
+        "meters": meters,
+        **{name: meters[name] for name in ("peak_memory_bytes", "memory_of")},
     }

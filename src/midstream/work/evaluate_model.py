@@ -3,7 +3,6 @@
 import difflib
 import os
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +29,7 @@ from midstream.eval.benchmark import evaluate
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS, Answerer
 from midstream.launch.terminal import out
 from midstream.study.store import Stopped
-from midstream.work.protocol import Channel, Request
+from midstream.work.protocol import Channel, Request, in_a_line, is_ours
 from midstream.work.show_scores import find_place, print_scores
 
 
@@ -158,14 +157,9 @@ def _failures_named(name: str) -> Iterator[None]:
     except NotNumbers as error:
         raise ModelFailed(f"{name}: {error}") from None
     except Exception as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        ours = frame.f_globals.get("__name__", "").startswith("midstream.")
-        if ours and isinstance(error, ValueError | OSError):
+        if is_ours(error) and isinstance(error, ValueError | OSError):
             raise
-        told = " ".join(str(error).split())
-        raise ModelFailed(
-            f"{name}: {type(error).__name__}: {told} (--debug shows where)"
-        ) from error
+        raise ModelFailed(f"{name}: {in_a_line(error)} (--debug shows where)") from error
 
 
 def _is_stage(path: Path) -> bool:

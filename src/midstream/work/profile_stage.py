@@ -13,18 +13,17 @@ from jinja2 import Environment, StrictUndefined
 from torch import profiler
 
 from midstream.config import Machine
-from midstream.config.flops import model_flops
 from midstream.core.storage import write_bytes, write_json
 from midstream.core.tokens import TokenCount
 from midstream.data.rows import load_steps
 from midstream.study.label import label
 from midstream.study.stages import Trained
 from midstream.study.store import Ledger
+from midstream.train.checkpoint import Progress
 from midstream.train.guards import parameter_table
-from midstream.train.loop import Job
-from midstream.train.metrics import meters_of
-from midstream.train.parallel import Clock, data_workers, device_name, forget_peak, peak_memory
-from midstream.train.step import StepTotals, Taken, freeze, is_trained, make_optimizer, train_step
+from midstream.train.loop import Job, stage_meters
+from midstream.train.parallel import Clock, data_workers, forget_peak
+from midstream.train.step import StepTotals, Taken, freeze, make_optimizer, train_step
 from midstream.work.protocol import Channel, Request
 from midstream.work.run_stage import StageRunner
 
@@ -151,27 +150,17 @@ def measured(steps: Steps, num_steps: int) -> tuple[float, dict[str, Any]]:
     steps.settle()
     parts = clock.read()
     seconds = time.perf_counter() - before
-    meters = meters_of(
-        counts=counts,
-        images=images,
-        flops=model_flops(
-            job.model.config,
-            positions=counts.seen,
-            texts=counts.seen - counts.image,
-            attended=attended,
-            images=images,
-            encoded=images if job.looks else 0,
-            trains_encoder=is_trained(job.model.encoder),
-            trains_decoder=not job.training.keeps_decoder,
-        ),
+    progress = Progress(
+        num_steps,
+        counts.seen,
+        counts.seen,
+        None,
+        counts,
+        num_images=images,
+        attended=attended,
         seconds=seconds,
-        parts=parts,
-        device=device_name(place.device),
-        num_devices=place.world_size,
-        product_flops=place.peak_flops,
-        memory=peak_memory(place),
     )
-    return seconds, meters
+    return seconds, stage_meters(job, place, progress, parts)
 
 
 def _operations(traced: profiler.profile) -> list[dict[str, Any]]:

@@ -138,6 +138,17 @@ def serve(name: str, line: str, channel: Channel) -> int:
     return 0
 
 
+def is_ours(error: Exception) -> bool:
+    """Whether our own code raised it, no library on our behalf."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("midstream.")
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's kind and text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def heed_signals(work: Work, channel: Channel) -> None:
     """SIGINT and SIGTERM stop the work; a second SIGINT ends the process."""
 

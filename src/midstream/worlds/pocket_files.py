@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from midstream.config import PocketWorld
-from midstream.config.training import pool_of
+from midstream.config.training import is_pool
 from midstream.core.identity import GROUPS_FILE
 from midstream.core.storage import write_bytes
 from midstream.worlds.pocket_items import Item, open_items, pope_items, where_items
@@ -73,11 +73,6 @@ def write_benchmarks(
     _write_ocid_ref(world, folder / named("ocid_ref"))
 
 
-def is_pool(folder: Path) -> bool:
-    """Whether a folder is for training questions."""
-    return folder.name.endswith(pool_of(""))
-
-
 def _write_pictures(
     world: PocketWorld, folder: Path, items: Sequence[Item], names: Mapping[Any, str]
 ) -> None:
@@ -121,7 +116,7 @@ def write_vqa(
 
 
 def _write_vqav2(world: PocketWorld, folder: Path) -> None:
-    items = open_items(world, "vqav2", is_pool(folder))
+    items = open_items(world, "vqav2", is_pool(folder.name))
     ids = [{"image_id": n, "question_id": 1000 * n} for n in range(1, len(items) + 1)]
     rows = [
         (mine, item.question.text, *VQA_TYPES[item.question.kind], item.answer)
@@ -133,7 +128,7 @@ def _write_vqav2(world: PocketWorld, folder: Path) -> None:
 
 
 def _write_gqa(world: PocketWorld, folder: Path) -> None:
-    items, questions = open_items(world, "gqa", is_pool(folder)), {}
+    items, questions = open_items(world, "gqa", is_pool(folder.name)), {}
     for index, item in enumerate(items):
         subject = item.question.text.removesuffix("?").split(" is ", 1)[1]
         article = "a " if item.question.kind == "relation_shape" else ""
@@ -151,15 +146,15 @@ def _write_gqa(world: PocketWorld, folder: Path) -> None:
             "semantic": [],
             "semanticStr": "",
         }
-    split = "train" if is_pool(folder) else "testdev"
+    split = "train" if is_pool(folder.name) else "testdev"
     write_json(folder / f"{split}_balanced_questions.json", questions)
     names = {key: f"images/{asked['imageId']}.jpg" for key, asked in questions.items()}
     _write_pictures(world, folder, items, names)
 
 
 def _write_textvqa(world: PocketWorld, folder: Path) -> None:
-    items = open_items(world, "textvqa", is_pool(folder))
-    split = "train" if is_pool(folder) else "val"
+    items = open_items(world, "textvqa", is_pool(folder.name))
+    split = "train" if is_pool(folder.name) else "val"
     data = [
         {
             "question_id": 34_602 + index,
@@ -186,7 +181,7 @@ def _write_pope(world: PocketWorld, captioned: Sequence[Scene], folder: Path) ->
     everything, names = [], {}
     for file in POPE_FILES:
         lines = []
-        items = pope_items(world, file, popular, is_pool(folder))
+        items = pope_items(world, file, popular, is_pool(folder.name))
         for number, item in enumerate(items, start=1):
             everything.append(item)
             image = f"COCO_val2014_{len(everything):012d}.jpg"
@@ -198,7 +193,7 @@ def _write_pope(world: PocketWorld, captioned: Sequence[Scene], folder: Path) ->
 
 
 def _write_refcoco(world: PocketWorld, folder: Path) -> None:
-    items = where_items(world, "refcoco", is_pool(folder))
+    items = where_items(world, "refcoco", is_pool(folder.name))
     refs, images, annotations = list[Any](), list[Any](), list[Any]()
     for number, item in enumerate(items, start=1):
         name, meant = f"COCO_train2014_{number:012d}", referent(item.scene, item.question)
@@ -227,7 +222,7 @@ def _write_refcoco(world: PocketWorld, folder: Path) -> None:
                     "image_id": number,
                     "category_id": SHAPES.index(thing.shape) + 1,
                     "file_name": f"{name}_{len(annotations)}.jpg",
-                    "split": "train" if is_pool(folder) else "val",
+                    "split": "train" if is_pool(folder.name) else "val",
                     "sent_ids": [number],
                     "sentences": [sentence],
                 }
@@ -242,7 +237,7 @@ def _write_refcoco(world: PocketWorld, folder: Path) -> None:
 
 
 def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
-    items, expressions, names = where_items(world, "ocid_ref", is_pool(folder)), {}, {}
+    items, expressions, names = where_items(world, "ocid_ref", is_pool(folder.name)), {}, {}
     for index, item in enumerate(items):
         thing = referent(item.scene, item.question)
         assert thing is not None
@@ -255,6 +250,6 @@ def _write_ocid_ref(world: PocketWorld, folder: Path) -> None:
             "sentence": item.question.expression,
             "take_id": first + index % (last - first + 1),
         }
-    split = "train" if is_pool(folder) else "val"
+    split = "train" if is_pool(folder.name) else "val"
     write_json(folder / f"{split}_expressions.json", expressions)
     _write_pictures(world, folder, items, names)

@@ -14,8 +14,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from midstream.config import PocketWorld
+from midstream.config.training import is_pool
 from midstream.core.identity import GROUPS_FILE
-from midstream.worlds.pocket_files import Named, is_pool, write_json, write_lines
+from midstream.worlds.pocket_files import Named, write_json, write_lines
 from midstream.worlds.pocket_items import scene_with
 from midstream.worlds.pocket_language import LAYOUTS, Question, answer, ask, caption
 from midstream.worlds.pocket_scenes import (
@@ -248,7 +249,7 @@ def write_album_benchmarks(world: PocketWorld, root: Path, named: Named = str) -
     """Write the benchmarks of several pictures in folders as they are `named`: NLVR2's public test
     (or training split), and questions in format `qa` whose groups are the kinds of album."""
     pairs, folder = root / named("nlvr2"), root / named("pocket_albums")
-    split, splits = ("train", ("captions",)) if is_pool(pairs) else ("test1", TASKS)
+    split, splits = ("train", ("captions",)) if is_pool(pairs.name) else ("test1", TASKS)
     (pairs / split).mkdir(parents=True)
     (folder / "images").mkdir(parents=True)
     lines = []
@@ -263,7 +264,7 @@ def write_album_benchmarks(world: PocketWorld, root: Path, named: Named = str) -
         sentence = {"identifier": f"{pair}-0", "sentence": asked.question}
         lines.append(sentence | {"label": asked.answer})
     write_lines(pairs / f"{split}.json", lines)
-    questions, groups, more = [], {}, " of training" if is_pool(folder) else ""
+    questions, groups, more = [], {}, " of training" if is_pool(folder.name) else ""
     kinds = [kind for kind in ALBUM_KINDS if kind != "true"]
     for index in range(world.num_questions):
         kind, rng = kinds[index % len(kinds)], generator(world.seed, f"album question{more}", index)
