@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from midstream.launch import child
+from midstream.launch import workers
 from midstream.work import protocol
 
 
-def events_of(name: str, request: Mapping[str, Any]) -> list[child.Event]:
+def events_of(name: str, request: Mapping[str, Any]) -> list[workers.Event]:
     """All that a work says; the last event has the exit code."""
     stream = io.StringIO()
     line = json.dumps(request, default=str)
@@ -21,9 +21,9 @@ def events_of(name: str, request: Mapping[str, Any]) -> list[child.Event]:
 
 
 def ask_here(
-    name: str, request: Mapping[str, Any], *, show: Callable[[child.Event], None], **_: object
-) -> child.Event:
-    """`launch.child.ask` without a process."""
+    name: str, request: Mapping[str, Any], *, show: Callable[[workers.Event], None], **_: object
+) -> workers.Event:
+    """`launch.workers.ask` without a process."""
     *events, last = events_of(name, request)
     for event in events:
         show(event)
@@ -32,5 +32,5 @@ def ask_here(
 
 def stay_here(patch: pytest.MonkeyPatch) -> None:
     """From now on commands do their work in this process."""
-    patch.setattr(child, "ask", ask_here)
+    patch.setattr(workers, "ask", ask_here)
     patch.setattr("os.cpu_count", lambda: 1)

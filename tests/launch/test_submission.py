@@ -11,7 +11,7 @@ import pytest
 
 from midstream.config import Machine, SlurmSettings
 from midstream.cost.graph import plan
-from midstream.launch import child, slurm, slurm_job
+from midstream.launch import slurm, slurm_job, workers
 from midstream.launch.slurm import SlurmBackend
 from midstream.launch.submission import WorkFailed, WorkJob
 from midstream.launch.workers import STOPPED_EXIT_CODE
@@ -56,12 +56,12 @@ def job_that(
 ) -> WorkJob:
     """A job whose work ends with this event, after the job has got these signals."""
 
-    def ask(*given: Any, **more: Any) -> child.Event:
+    def ask(*given: Any, **more: Any) -> workers.Event:
         for number in signals:
             signal.raise_signal(number)
         return ends | {"code": 1}
 
-    monkeypatch.setattr(child, "ask", ask)
+    monkeypatch.setattr(workers, "ask", ask)
     return WorkJob("prepare-units", "{}", told)
 
 

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from in_process import events_of
 from midstream.cli import work
-from midstream.launch import child, terminal
-from midstream.launch.child import Event, Work, ask
+from midstream.launch import terminal, workers
+from midstream.launch.workers import Event, Work, ask
 from midstream.study.store import Stopped
 from midstream.work.protocol import Channel, Request, main
 
@@ -46,7 +46,7 @@ def fail(request: Asked, channel: Channel) -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(child.WORKS, "fail", Work(f"{__name__}:fail"))  # type: ignore[arg-type]
+    monkeypatch.setitem(workers.WORKS, "fail", Work(f"{__name__}:fail"))  # type: ignore[arg-type]
 
 
 def test_what_a_work_prints_and_returns_are_events() -> None:
@@ -100,7 +100,7 @@ def test_an_unknown_work_is_refused_with_those_there_are(
 
 PROGRAM = """
 import os, sys, time
-from midstream.launch.child import WORKS, Work
+from midstream.launch.workers import WORKS, Work
 from midstream.work.protocol import Channel, Request, main
 
 def wait(request: Request, channel: Channel) -> None:
@@ -166,7 +166,7 @@ def test_a_process_that_ends_without_a_word_is_a_failure(
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\nread line\necho \'{{"event": "note"}}\'\n{ending}\n')
     program.chmod(0o755)
-    monkeypatch.setattr(child.sys, "executable", str(program))
+    monkeypatch.setattr(workers.sys, "executable", str(program))
     events: list[Event] = []
     last = ask("prepare", {}, show=events.append)
     assert events == [{"event": "note"}]
@@ -187,7 +187,7 @@ def test_a_command_shows_what_its_work_says_and_leaves_as_that_ended(
         show({"event": "note", "text": "told\n"})
         return {"event": "stopped", "code": 75}
 
-    monkeypatch.setattr(child, "ask", asked)
+    monkeypatch.setattr(workers, "ask", asked)
     with pytest.raises(typer.Exit) as left:
         work(name, {})
     assert left.value.exit_code == 75

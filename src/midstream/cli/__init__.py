@@ -42,16 +42,16 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer.")]
 def work(
     name: str, request: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> Any:
-    """Have a work of `launch/child.py` done in a process of its own, since the commands import no
+    """Have a work of `launch/workers.py` done in a process of its own, since the commands import no
     torch; show how it goes, and return its result.
 
     Where it fails or is stopped, that is said and the command leaves with the exit code.
     """
-    from midstream.launch import child, terminal
+    from midstream.launch import terminal, workers
 
     console = terminal.out()
-    environment = dict(child.hub_environment() if environment is None else environment)
-    if not child.WORKS[name].has_terminal:
+    environment = dict(workers.hub_environment() if environment is None else environment)
+    if not workers.WORKS[name].has_terminal:
         # It prints as this process would.
         environment["COLUMNS"] = str(console.width)
         environment |= {"FORCE_COLOR": "1"} if console.is_terminal else {}
@@ -59,7 +59,7 @@ def work(
     tell: Callable[[float, str], None] = lambda done, note: None  # noqa: E731
     with ExitStack() as line:
 
-        def show(event: child.Event) -> None:
+        def show(event: workers.Event) -> None:
             nonlocal stage, tell
             # The line that changes makes room for those that stay.
             if event["event"] == "note":
@@ -74,11 +74,11 @@ def work(
                     tell = line.enter_context(terminal.reporting(console, stage))
                 tell(event["done"], event["note"])
 
-        last = child.ask(name, request, show=show, environment=environment)
+        last = workers.ask(name, request, show=show, environment=environment)
     if last["event"] == "done":
         return last.get("result")
-    if last["event"] == "stopped" and not child.WORKS[name].has_terminal:
-        resumes = child.WORKS[name].resumes
+    if last["event"] == "stopped" and not workers.WORKS[name].has_terminal:
+        resumes = workers.WORKS[name].resumes
         terminal.error("stopped" + ("; the same command continues where it was" * resumes))
     elif last.get("error") is not None:
         terminal.error(f"error: {last['error']}")

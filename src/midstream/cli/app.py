@@ -87,8 +87,8 @@ def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]
         try:
             command(*args, **kwargs)
         except (ValueError, OSError) as reason:
-            from midstream.launch.child import error_words
             from midstream.launch.terminal import error
+            from midstream.launch.workers import error_words
 
             error(f"error: {error_words(reason)}")
             raise typer.Exit(USER_ERROR_EXIT_CODE) from None
@@ -182,8 +182,8 @@ def prepare(
     slurm_sets: run_commands.SlurmSets = None,
 ) -> None:
     """Turn public formats into a prepared source; the same command goes on where it was."""
-    from midstream.launch.child import hub_environment
     from midstream.launch.slurm_job import require_no_jobs
+    from midstream.launch.workers import hub_environment
 
     cluster = run_commands.slurm_settings(slurm, slurm_file, slurm_sets or [])
     if cluster is not None and workers is not None:

@@ -183,7 +183,7 @@ def evaluate(
 ) -> None:
     """Evaluate models on benchmarks' official files; list benchmarks, show or compare results."""
     given = locals()
-    from midstream.launch.child import hub_environment
+    from midstream.launch.workers import hub_environment
 
     asked = "limit slim prompts fixed_answers letters box_frame blind max_new_tokens batch_size"
     show_request = {"tasks": task or [], "count": show or 3, "debug": debug}

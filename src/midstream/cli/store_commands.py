@@ -342,7 +342,7 @@ def join_captions(
 ) -> None:
     """Join pictures with synthetic captions; the same command goes on where it was."""
     from midstream.launch import terminal
-    from midstream.launch.child import hub_environment
+    from midstream.launch.workers import hub_environment
 
     started = time.monotonic()
     request = {"pictures": pictures, "captions": synthetic, "out": out}

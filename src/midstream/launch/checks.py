@@ -26,8 +26,7 @@ from midstream.cost.pictures import feature_plan
 from midstream.cost.price import Fleet, price
 from midstream.cost.questions import NOTE, Sizes, noted, requests_of
 from midstream.launch.check_data import Problem, data_problems, merged
-from midstream.launch.child import Event, ask
-from midstream.launch.workers import worker_environment
+from midstream.launch.workers import Event, ask, worker_environment
 from midstream.study.imported import ImportRecord, read_import, what_can_run
 from midstream.study.label import label
 from midstream.study.stages import (

@@ -10,7 +10,7 @@ from typing import Any
 
 from midstream.config import SlurmResources, SlurmSettings
 from midstream.core.storage import read_json, write_json
-from midstream.launch import child
+from midstream.launch import workers
 from midstream.launch.slurm_job import Unreachable, job_folder, queue_again
 from midstream.study.stages import PrepareSource, Stage
 
@@ -91,7 +91,7 @@ class WorkFailed(Exception):  # noqa: N818 - the work's own error
 
 @dataclass(frozen=True)
 class WorkJob:
-    """Has the work `name` of `launch/child.py` done, one that resumes; called in the job.
+    """Has the work `name` of `launch/workers.py` done, one that resumes; called in the job.
 
     `request` is JSON. The work's last event is in the file `told` before the job ends. Warned
     before its time ends, or told to stop, the job has Slurm queue it again.
@@ -106,8 +106,9 @@ class WorkJob:
         # The work's process is told as well, and may not yet be able to say that it stops.
         signals: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, _frame: signals.append(number))
-        environment = child.hub_environment(threads=1)
-        last = child.ask(self.name, json.loads(self.request), show=_print, environment=environment)
+        environment = workers.hub_environment(threads=1)
+        request = json.loads(self.request)
+        last = workers.ask(self.name, request, show=_print, environment=environment)
         write_json(self.told, last)
         if last["event"] == "stopped" or (signals and last["event"] != "done"):
             import submitit
@@ -164,7 +165,7 @@ def tasks_told(folder: Path, count: int) -> str:
     return f"{len(bad):,} of {count:,} tasks did not end well: task {bad[0]}: {why}"
 
 
-def _print(event: child.Event) -> None:
+def _print(event: workers.Event) -> None:
     if event["event"] == "progress":
         print(f"{event['stage']} {event['done']:.1%}: {event['note']}", flush=True)
     else:

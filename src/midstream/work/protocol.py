@@ -23,8 +23,7 @@ from rich.text import Text
 
 from midstream.config import Config
 from midstream.launch import terminal
-from midstream.launch.child import WORKS, Work, error_words
-from midstream.launch.workers import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE
+from midstream.launch.workers import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE, WORKS, Work, error_words
 from midstream.study.store import Stopped
 
 # Controls that turn the direction of what follows them, beyond the text.

@@ -58,7 +58,6 @@ from midstream.data.formats.files import (
     shown_files,
     size_of,
 )
-from midstream.data.formats.joined import is_joined, joined_samples
 from midstream.data.formats.records import (
     LARGEST_BYTES,
     NUM_UNIT_RECORDS,
@@ -74,7 +73,13 @@ from midstream.data.formats.records import (
     is_picture,
     samples_of,
 )
-from midstream.data.formats.tables import TABLES, columns_of, refuse_splits
+from midstream.data.formats.tables import (
+    TABLES,
+    columns_of,
+    is_joined,
+    joined_samples,
+    refuse_splits,
+)
 from midstream.data.source_writer import Reject
 
 # What WebDataset groups under the name before its first dot, where no reader looks for it.
