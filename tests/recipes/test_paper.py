@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from midstream.cli.catalogue import find_study
-from midstream.config import ContinuedCosine, Mixture, WarmupCosine
+from midstream.config import Mixture, WarmupCosine
 from midstream.config.training import rate_at
 from midstream.cost.graph import missing_inputs, order, plan
 from midstream.recipes import paper
-from midstream.recipes.lines import image_text_schedule
 from midstream.recipes.paper.suites import AUTHORS_LATER_RUNS, AUTHORS_RUNS, STARTS, AuthorsRun
 from midstream.recipes.pocket import MILESTONES, when_images_arrive
 from midstream.recipes.scales import SIZES, find_scale
-from midstream.study.stages import Continue, ContinueFrom, Evaluate, Finetune, LoadDecoder, Pretrain
+from midstream.study.stages import Continue, Evaluate, Finetune, LoadDecoder, Pretrain
 from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
 
@@ -79,25 +78,6 @@ def test_a_study_without_inputs_says_what_it_lacks() -> None:
     assert any("siglip" in one for one in lacks)
     assert sum("language model" in one for one in lacks) == 5
     assert missing_inputs(paper.figure_4(scale="pocket")) == ()
-
-
-def test_image_text_training_at_1b_has_the_settings_of_the_run_records() -> None:
-    for stage in continued(paper.figure_4(scale="1b")):
-        training = stage.training
-        assert isinstance(training.budget, Mixture)
-        assert training.budget.total_tokens == 28_795_904_000
-        assert training.budget.sampling == "replacement"
-        assert (training.rows.row_length, training.rows.batch_rows) == (1024, 256)
-        assert (training.optimizer.weight_decay, training.seed) == (0.033, 124)
-        schedule = training.schedule
-        assert not isinstance(schedule, ContinueFrom)
-        if isinstance(schedule, WarmupCosine):
-            steps = schedule.warmup_fraction * 28_795_904_000 / (1024 * 256)
-            assert round(steps) == 5000
-            assert schedule.peak_rate == 3e-3
-        else:
-            assert isinstance(schedule, ContinuedCosine)
-            assert schedule.end_rate == 3e-5
 
 
 def test_only_0_and_100_percent_warm_up_again() -> None:
@@ -171,13 +151,6 @@ def mixture(run: AuthorsRun) -> tuple[float, float, float]:
     return run.caption_share, run.instruct_share, run.text_share
 
 
-def test_there_are_279_distinct_runs_and_93_later_ones():
-    first, later = AUTHORS_RUNS, AUTHORS_LATER_RUNS
-    assert len(first) == len(set(first)) == 279
-    assert len(later) == len(set(later)) == 93
-    assert not set(first) & set(later)
-
-
 def test_shares_add_up_to_one_and_starts_are_the_six():
     for run in (*AUTHORS_RUNS, *AUTHORS_LATER_RUNS):
         assert sum(mixture(run)) == pytest.approx(1.0, abs=1e-12)
@@ -193,15 +166,6 @@ def test_both_lists_together_hold_a_whole_grid_up_to_ten_per_cent_pictures():
     # Five epochs were tried at 40 % alone.
     assert Counter(at.values()) == {4: 73, 5: 5}
     assert {key[3] for key, number in at.items() if number == 5} == {0.4}
-
-
-def test_runs_by_mixture_are_those_of_the_list():
-    numbers = Counter(mixture(run) for run in AUTHORS_RUNS)
-    assert numbers[1.0, 0.0, 0.0] == 20
-    assert numbers[0.05, 0.0, 0.95] == 22
-    assert numbers[0.08, 0.02, 0.9] == 17
-    assert numbers[0.0, 0.0, 1.0] == 25
-    assert numbers[0.0, 0.1, 0.9] == 24
 
 
 def test_known_runs_are_there_and_those_that_were_not_listed_are_not():
@@ -225,11 +189,3 @@ def test_all_lines_share_one_text_run_whatever_completions_are_asked_for() -> No
         if isinstance(stage, Pretrain)
     }
     assert len(runs) == 1
-
-
-@pytest.mark.parametrize("completion", [0.0, *MILESTONES])
-def test_the_rate_is_warmed_up_again_only_where_there_is_none_to_continue(
-    completion: float,
-) -> None:
-    kind = WarmupCosine if completion in (0.0, 1.0) else ContinuedCosine
-    assert isinstance(image_text_schedule(completion, 1e-3), kind)

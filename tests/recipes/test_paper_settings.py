@@ -32,16 +32,6 @@ def shares(stage: Continue | Pretrain) -> dict[str, tuple[float, str]]:
     return {share.source: (share.share, share.caption) for share in budget.shares}
 
 
-def test_datacomp_dr_is_seen_with_a_synthetic_caption_and_other_sets_with_their_own() -> None:
-    seen = {
-        line.axes["captions"]: shares(_image_text(line.result))
-        for line in paper.table_4(scale="1b").lines
-    }
-    assert seen["DataComp-DR"]["datacompdr"] == (0.1, "random")
-    assert seen["DataComp"]["datacomp"] == (0.1, "original")
-    assert seen["CC12M"]["cc12m"] == (0.1, "original")
-
-
 @pytest.mark.parametrize("caption", ["original", "synthetic", "random"])
 def test_one_argument_chooses_the_caption_of_datacomp_dr_alone(caption: Any) -> None:
     study = find_study("paper.table_4", ["scale=79m", f"caption={caption}"])

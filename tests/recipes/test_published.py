@@ -8,7 +8,6 @@ from midstream.config import (
     Constant,
     ContinuedCosine,
     EncoderConfig,
-    FusedEncoder,
     Mixture,
     Resampler,
     WarmupCosine,
@@ -187,13 +186,6 @@ def test_encoders_learn_at_a_tenth_of_the_rate_unless_theirs_is_known(pocket: Sc
     for name, rates in found.items():
         tenth = frozen if name in ("BLIP3", "Flamingo", "Prismatic", "Ours") else {0.1}
         assert rates == known.get(name, tenth), name
-
-
-def test_deepseek_vl_sees_through_two_towers(pocket: Scale) -> None:
-    towers = [stage.model.encoder for stage in chain(pocket, BY_NAME["DeepSeek-VL"])]
-    assert all(isinstance(tower, FusedEncoder) for tower in towers)
-    at = find_scale("1b")
-    assert isinstance(chain(at, BY_NAME["DeepSeek-VL"])[0].model.encoder, FusedEncoder)
 
 
 def test_qwen_vl_warms_up_twice_and_prismatic_starts_from_the_text_model(pocket: Scale) -> None:
