@@ -229,11 +229,7 @@ def _outcomes(
 
 
 def _compare(
-    name: str,
-    one: Callable[[], Any],
-    other: Callable[[], Any],
-    rounds: int,
-    table: Table,
+    name: str, one: Callable[[], Any], other: Callable[[], Any], rounds: int, table: Table
 ) -> bool:
     """Both sides in turn; one row of the table, and whether they gave the same."""
     times: list[tuple[float, float]] = []

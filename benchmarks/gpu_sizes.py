@@ -21,14 +21,7 @@ from midstream.config import (
 )
 from midstream.core.storage import read_json, write_json
 from midstream.recipes.paper_scale import SIGLIP
-from midstream.study.stages import (
-    Continue,
-    FromScratch,
-    Prepare,
-    Pretrain,
-    Trained,
-    TrainEncoder,
-)
+from midstream.study.stages import Continue, FromScratch, Prepare, Pretrain, Trained, TrainEncoder
 from midstream.study.store import Ledger
 from midstream.work.profile_stage import WARM_STEPS
 from midstream.work.run_stage import StageRunner

@@ -143,11 +143,7 @@ def llava_image(
 
 
 def nanovlm_image(
-    checkout: Path,
-    config: DecoderConfig,
-    encoder: EncoderConfig,
-    row: Row,
-    device: torch.device,
+    checkout: Path, config: DecoderConfig, encoder: EncoderConfig, row: Row, device: torch.device
 ) -> Step:
     """nanoVLM's tower, connector (one patch a token) and language model, as its forward joins them.
 

@@ -281,9 +281,7 @@ def test_every_rank_gets_the_same_number_of_micro_batches_and_every_row_comes_on
     assert all(left)
 
 
-def test_ranks_that_do_not_divide_a_step_are_refused_with_both_numbers(
-    dataset: RowDataset,
-) -> None:
+def test_ranks_that_do_not_divide_a_step_are_refused_with_both_numbers(dataset: RowDataset) -> None:
     with pytest.raises(ValueError, match="batch_rows 8 is no multiple of 3 ranks"):
         list(load_steps(dataset, first_row=0, micro_rows=2, rank=0, world_size=3))
 

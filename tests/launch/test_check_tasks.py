@@ -18,11 +18,7 @@ from midstream.launch import checks
 from midstream.launch.check_data import Problem
 from midstream.launch.checks import problems, read_tasks
 from midstream.study.store import Ledger
-from own_studies import (
-    mixed,
-    seen,
-    study_of,
-)
+from own_studies import mixed, seen, study_of
 
 
 def read_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -483,10 +483,7 @@ def test_a_text_sees_the_latest_picture_of_its_own_document_and_no_other() -> No
         [7, 8, 9],
     ]
     slots = torch.tensor([[0, 0], [0, 3], [1, 1]])
-    assert pictures_of(slots, 2, (2, 6)).tolist() == [
-        [0, 0, -1, 1, 1, -1],
-        [-1, 2, 2, -1, -1, -1],
-    ]
+    assert pictures_of(slots, 2, (2, 6)).tolist() == [[0, 0, -1, 1, 1, -1], [-1, 2, 2, -1, -1, -1]]
 
 
 @every_kind

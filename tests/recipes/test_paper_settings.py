@@ -127,10 +127,7 @@ def test_encoders_are_those_of_prismatics_timm() -> None:
         if isinstance(stage, LoadEncoder)
         for tower in stage.towers
     }
-    assert sources == {
-        "google/siglip-so400m-patch14-384",
-        "facebook/dinov2-with-registers-large",
-    }
+    assert sources == {"google/siglip-so400m-patch14-384", "facebook/dinov2-with-registers-large"}
 
 
 def test_rates_at_given_checkpoints_are_those_of_the_run_names() -> None:

@@ -147,9 +147,7 @@ def test_new_ways_to_start_keep_their_identity_through_json(make_study: MakeStud
 def test_an_imported_model_has_no_milestone_to_fine_tune(make_study: MakeStudy) -> None:
     seen = make_study().lines[0].result.of.start
     loaded = LoadDecoder(
-        data=seen.data,
-        checkpoint=Imported(folder=Path("x"), content="x"),
-        decoder=seen.decoder,
+        data=seen.data, checkpoint=Imported(folder=Path("x"), content="x"), decoder=seen.decoder
     )
     with pytest.raises(ValidationError, match="no weights at 40% but its own"):
         StartText(stage=loaded, completion=0.4, encoder=seen.encoder)

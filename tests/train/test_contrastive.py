@@ -15,12 +15,7 @@ from midstream.model.vision import build_encoder, load_encoder
 from midstream.model.weights import load_weights, save_weights, weights_digest
 from midstream.study.store import Ledger
 from midstream.train import contrastive
-from midstream.train.contrastive import (
-    PixelCache,
-    SiglipPair,
-    build_siglip,
-    train_encoder,
-)
+from midstream.train.contrastive import PixelCache, SiglipPair, build_siglip, train_encoder
 from midstream.work.open_model import open_sources
 
 CPU = torch.device("cpu")

@@ -26,8 +26,7 @@ Workers = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process (1).")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 DataWorkers = Annotated[
-    int | None,
-    typer.Option(min=0, help="Processes that load rows ahead of each training process."),
+    int | None, typer.Option(min=0, help="Processes that load rows ahead of each training process.")
 ]
 Features = Annotated[
     str | None,
@@ -67,8 +66,7 @@ SlurmSets = Annotated[
     ),
 ]
 SkipChecks = Annotated[
-    bool,
-    typer.Option("--skip-checks", help="Start at once, whatever is wrong with study or data."),
+    bool, typer.Option("--skip-checks", help="Start at once, whatever is wrong with study or data.")
 ]
 Decide = Annotated[
     float | None,

@@ -29,14 +29,7 @@ from midstream.core.storage import (
     remove_leftovers,
     write_json,
 )
-from midstream.data.images import (
-    Encode,
-    ErrorMeter,
-    encode_raw,
-    pack,
-    pixel_batches,
-    unpack,
-)
+from midstream.data.images import Encode, ErrorMeter, encode_raw, pack, pixel_batches, unpack
 from midstream.data.sources import Pictures, Source, Which, content_hash
 
 

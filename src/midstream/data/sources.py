@@ -131,10 +131,7 @@ class Source:
         """Examples that have an "original" and a "synthetic" caption; a text is an original."""
         made = [shard["synthetic"][self.split] for shard in self._synthetic_shards]
         lack = sum(part["examples"] - part["originals"] for part in made)
-        return {
-            "original": len(self) - lack,
-            "synthetic": sum(part["pictures"] for part in made),
-        }
+        return {"original": len(self) - lack, "synthetic": sum(part["pictures"] for part in made)}
 
     def check_caption(self, caption: Caption) -> None:
         """Raises ValueError with both numbers if an example lacks this caption."""

@@ -263,12 +263,7 @@ def _mixed(stage: ImageText) -> str:
 
 
 def _image_text(
-    scale: Scale,
-    recipe: Recipe,
-    stage: ImageText,
-    before: Continue | None,
-    seed: int,
-    later: int,
+    scale: Scale, recipe: Recipe, stage: ImageText, before: Continue | None, seed: int, later: int
 ) -> Continue:
     own = _own(scale, recipe)
     seen = (before.model.encoder if before is not None else None) or own

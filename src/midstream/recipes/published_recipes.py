@@ -208,10 +208,7 @@ RECIPES = (
         instruct=Instruct(encoder_rate=1.0, schedule="continue"),
         attention="prefix",
         connector=Connector("linear"),
-        notes=(
-            MULTITASK,
-            "the encoder's rate is not warmed up more slowly than that of the rest",
-        ),
+        notes=(MULTITASK, "the encoder's rate is not warmed up more slowly than that of the rest"),
     ),
     # One stage: conversations, the encoder frozen (K: recipe of its own code).
     Recipe(

@@ -126,10 +126,7 @@ def interval_words(gap: Contrast) -> str:
 
 
 def findings(
-    study: Study,
-    rows: Sequence[LineRow],
-    groups: Sequence[Group],
-    examples: Examples,
+    study: Study, rows: Sequence[LineRow], groups: Sequence[Group], examples: Examples
 ) -> list[Finding]:
     """The study's claims in their order, then for each stable score and curve its best place and
     whether it rises or falls."""

@@ -379,9 +379,7 @@ def stage_from_json(text: str | bytes) -> Stage:
     return _ADAPTER.validate_json(text)
 
 
-def came_from(
-    stage: Stage,
-) -> tuple[Pretrain | LoadDecoder | LoadModel | Continue, float] | None:
+def came_from(stage: Stage) -> tuple[Pretrain | LoadDecoder | LoadModel | Continue, float] | None:
     """The stage whose weights a training stage starts from, and the share of its tokens there.
 
     None where it starts from the initialiser, and for what trains nothing.

@@ -46,11 +46,7 @@ class OnSlurm:
     """One source prepared by jobs; `run` does it, or goes on with what was submitted before."""
 
     def __init__(
-        self,
-        plan: SourcePlan,
-        request_of: RequestOf,
-        settings: SlurmSettings,
-        progress: Progress,
+        self, plan: SourcePlan, request_of: RequestOf, settings: SlurmSettings, progress: Progress
     ) -> None:
         self.plan, self.request_of, self.settings = plan, request_of, settings
         self.progress, self.out = progress, plan.job.out

@@ -58,21 +58,10 @@ from midstream.train.guards import Watch
 from midstream.train.held_out import Planned, held_out_rows, plan_held_out
 from midstream.train.loop import Interrupted, Job, Start, train
 from midstream.train.metrics import Tracking, tracking_of
-from midstream.train.parallel import (
-    ALONE,
-    data_workers,
-    forget_peak,
-    peak_memory,
-    set_up,
-)
+from midstream.train.parallel import ALONE, data_workers, forget_peak, peak_memory, set_up
 from midstream.train.step import build_model
 from midstream.work.choices import machine_for, place_for, too_large
-from midstream.work.evaluate_stage import (
-    encoder_stage,
-    evaluate_stage,
-    imported_stage,
-    scores_of,
-)
+from midstream.work.evaluate_stage import encoder_stage, evaluate_stage, imported_stage, scores_of
 from midstream.work.open_model import (
     on_device,
     open_encoder,
