@@ -446,23 +446,6 @@ def check_start(schedule: AnySchedule, parent_rate: float | None, where: str) ->
         )
 
 
-def end_rate(schedule: AnySchedule) -> float:
-    """The rate that a schedule ends with."""
-    if isinstance(schedule, ContinuedCosine):
-        return schedule.end_rate
-    return rate_at(schedule, 1, 1)
-
-
-def check_end(before: AnySchedule, schedule: AnySchedule) -> None:
-    """Raises ValueError where `schedule` would continue one that ends at its own end rate."""
-    if isinstance(schedule, ContinuedCosine) and end_rate(before) <= schedule.end_rate:
-        raise ValueError(
-            f"a continued schedule starts at the rate with which the stage before ends, "
-            f"{end_rate(before):g}, which is not above its own end rate {schedule.end_rate:g}; let "
-            "that stage end higher, or re-warm with WarmupCosine"
-        )
-
-
 def _half_cosine(start: float, end: float, done: float) -> float:
     # Weighted so that both ends are exact: a continuation starts at its parent's very rate.
     weight = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

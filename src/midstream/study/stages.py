@@ -23,7 +23,7 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.config.model import at_size
-from midstream.config.training import check_end
+from midstream.config.training import ContinuedCosine, rate_at
 from midstream.study.first_stages import PLANNED as PLANNED
 from midstream.study.first_stages import DataStage as DataStage
 from midstream.study.first_stages import EncoderStage as EncoderStage
@@ -124,6 +124,17 @@ def _check_held(stage: Pretrain | LoadDecoder, completion: float) -> None:
         raise ValueError(f"an imported model has no weights at {completion:.0%} but its own (100%)")
 
 
+def _check_end(before: "Continue", training: Training) -> None:
+    """Raises ValueError where a schedule would continue one that ends at its own end rate."""
+    schedule, ends = training.schedule, rate_at(before.training.schedule, 1, 1, parent_rate=0.0)
+    if isinstance(schedule, ContinuedCosine) and ends <= schedule.end_rate:
+        raise ValueError(
+            "a continued schedule starts at the rate with which the stage before ends, "
+            f"{ends:g}, which is not above its own end rate {schedule.end_rate:g}; let "
+            "that stage end higher, or re-warm with WarmupCosine"
+        )
+
+
 def _check_moments(optimizer: str, training: Training) -> None:
     if optimizer == "carry" and training.keeps_decoder:
         raise ValueError(
@@ -221,7 +232,7 @@ class Continue(StageBase):
                         "from; give it the same"
                     )
             if isinstance(before, Continue):
-                check_end(before.training.schedule, self.training.schedule)
+                _check_end(before, self.training)
         return self
 
     @property
@@ -274,7 +285,7 @@ class Finetune(StageBase):
         if isinstance(self.start, StartText):
             _check_moments(self.start.optimizer, self.training)
         elif isinstance(self.start, Continue):
-            check_end(self.start.training.schedule, self.training.schedule)
+            _check_end(self.start, self.training)
         return self
 
     @property

@@ -258,7 +258,8 @@ class Tracker:
     def __init__(
         self, folder: Path, project: str, name: str, kind: str, about: dict[str, Any]
     ) -> None:
-        self._folder, self._project, self._kind, self._about = folder, project, kind, about
+        self._folder, self._kind = folder, kind
+        self._shown = {"project": project, "config": about, "resume": "allow"}
         # A stage whose folder was deleted is another run.
         known = {"run": f"{name}-{uuid.uuid4().hex[:6]}", "step": -1}
         self._kept: dict[str, Any] = self._notes().get(self.NAME, known)
@@ -331,16 +332,8 @@ class Wandb(Tracker):
         wandb = importlib.import_module("wandb")
         # It must neither take over what this process prints nor look at its files.
         quiet = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False)
-        return wandb.init(
-            project=self._project,
-            id=run,
-            name=run,
-            job_type=self._kind,
-            config=self._about,
-            dir=str(self._folder),
-            resume="allow",
-            settings=quiet,
-        )
+        names = {"id": run, "name": run, "job_type": self._kind}
+        return wandb.init(**names, **self._shown, dir=str(self._folder), settings=quiet)
 
     def finish(self, failed: bool) -> None:
         """End the run, as one that failed where it has."""
@@ -353,14 +346,8 @@ class Trackio(Tracker):
     NAME = "trackio"
 
     def _open(self, run: str) -> Any:
-        return importlib.import_module("trackio").init(
-            project=self._project,
-            name=run,
-            group=self._kind,
-            config=self._about,
-            resume="allow",
-            embed=False,
-        )
+        trackio = importlib.import_module("trackio")
+        return trackio.init(name=run, group=self._kind, **self._shown, embed=False)
 
 
 Report = Callable[[dict[str, Any]], None]
