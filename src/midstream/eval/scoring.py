@@ -363,14 +363,12 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     share of right answers (a perplexity) and is passed over. `_prob` is that of the continuous
     outcome `prob`, over the tasks that have it.
     """
+    kept = {name: row for name, row in tasks.items() if name not in NEVER_AVERAGED}
+    kept = {name: row for name, row in kept.items() if row["chance"] is not None}
 
     def mean_over_chance(kind: str, column: str) -> float | None:
         """The stable score of a kind of task from one column."""
-        rows = {
-            name: row
-            for name, row in tasks.items()
-            if row["kind"] == kind and name not in NEVER_AVERAGED and row["chance"] is not None
-        }
+        rows = {name: row for name, row in kept.items() if row["kind"] == kind}
         if not rows or any(row[column] is None for row in rows.values()):
             return None
         chances = {name: row["chance"] for name, row in rows.items()}
@@ -380,9 +378,8 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         """The same of the probabilities of right answers, over what equal ones would give."""
         found = [
             row["continuous"]["prob"] - row["continuous"]["prob_chance"]
-            for name, row in tasks.items()
-            if row["kind"] == kind and name not in NEVER_AVERAGED and row["chance"] is not None
-            if row["continuous"]["prob"] is not None
+            for row in kept.values()
+            if row["kind"] == kind and row["continuous"]["prob"] is not None
         ]
         return mean(found)
 
