@@ -87,8 +87,8 @@ def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]
         try:
             command(*args, **kwargs)
         except (ValueError, OSError) as reason:
+            from midstream.config.base import error_words
             from midstream.launch.terminal import error
-            from midstream.launch.workers import error_words
 
             error(f"error: {error_words(reason)}")
             raise typer.Exit(USER_ERROR_EXIT_CODE) from None

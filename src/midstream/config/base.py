@@ -1,9 +1,10 @@
-"""What every option is made of: frozen models that check themselves."""
+"""What every option is made of: frozen models that check themselves; their errors in words."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -35,3 +36,27 @@ class Config(BaseModel):
                 known = ", ".join(cls.model_fields)
                 raise ValueError(f"{cls.__name__} has no field {key!r}; {hint}fields: {known}")
         return values
+
+
+def error_words(error: Exception) -> str:
+    """What a person is told of an error: of wrong values a line each, with the field's path."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    lines = []
+    for item in error.errors(include_url=False):
+        path = [*([] if error.title.endswith("Request") else [error.title]), *item["loc"]]
+        told = ".".join(str(part) for part in path) or "request"
+        lines.append(f"{told}: {item['msg'].removeprefix('Value error, ')}{_range_words(item)}")
+    return "\n".join(lines)
+
+
+def _range_words(item: Mapping[str, Any]) -> str:
+    """The number that lies beyond a limit, and for a percentage in place of a share how it is
+    written; nothing for other errors."""
+    value = item["input"]
+    if not item["type"].startswith(("less_than", "greater_than")):
+        return ""
+    number = isinstance(value, int | float)
+    if number and item.get("ctx") == {"le": 1.0} and 1 < value <= 100:
+        return f", not {value}; shares are from 0 to 1, {value:g} % is {value / 100:g}"
+    return f", not {value}"

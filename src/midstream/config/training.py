@@ -212,6 +212,9 @@ class Evaluation(Config):
         return self
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
 class Machine(Config):
     """Where and how work runs; no part of any identity.
 
@@ -250,9 +253,7 @@ class Machine(Config):
     max_feature_gib: Annotated[float, Field(ge=0)] = 64.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Where metrics go beside metrics.jsonl, and under which project.
-    tracking: Annotated[
-        tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(listed)
-    ] = ()
+    tracking: Annotated[tuple[Tracker, ...], BeforeValidator(listed)] = ()
     tracking_project: Annotated[str, Field(min_length=1)] = "midstream"
 
     @model_validator(mode="after")
@@ -411,16 +412,11 @@ def moments_factor(tokens_seen: int, total_tokens: int, *, step_tokens: int) -> 
 
 
 def stage_rate(
-    training: Training,
-    tokens_seen: int,
-    total_tokens: int,
-    parent_rate: float | None,
-    *,
-    warm: bool,
+    training: Training, seen: int, total: int, parent_rate: float | None, *, warm: bool
 ) -> float:
     """`rate_at` of a stage's next whole step; `warm`: its moments start at zero and fill."""
     step_tokens = training.rows.batch_rows * training.rows.row_length
-    at = (tokens_seen, total_tokens)
+    at = (seen, total)
     rate = rate_at(training.schedule, *at, parent_rate=parent_rate, step_tokens=step_tokens)
     return rate * moments_factor(*at, step_tokens=step_tokens) if warm else rate
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pydantic import ValidationError
-
 from midstream.config import Machine
 from midstream.core.storage import read_json, write_json
 from midstream.core.tokens import counted
@@ -432,27 +430,3 @@ def hub_environment(threads: int | None = None) -> dict[str, str]:
     if "HF_HUB_OFFLINE" not in os.environ:
         del found["HF_HUB_OFFLINE"]
     return found
-
-
-def error_words(error: Exception) -> str:
-    """What a person is told of an error: of wrong values a line each, with the field's path."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    lines = []
-    for item in error.errors(include_url=False):
-        path = [*([] if error.title.endswith("Request") else [error.title]), *item["loc"]]
-        told = ".".join(str(part) for part in path) or "request"
-        lines.append(f"{told}: {item['msg'].removeprefix('Value error, ')}{_range_words(item)}")
-    return "\n".join(lines)
-
-
-def _range_words(item: Mapping[str, Any]) -> str:
-    """The number that lies beyond a limit, and for a percentage in place of a share how it is
-    written; nothing for other errors."""
-    value = item["input"]
-    if not item["type"].startswith(("less_than", "greater_than")):
-        return ""
-    number = isinstance(value, int | float)
-    if number and item.get("ctx") == {"le": 1.0} and 1 < value <= 100:
-        return f", not {value}; shares are from 0 to 1, {value:g} % is {value / 100:g}"
-    return f", not {value}"

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.text import Text
 
 from midstream.config import Config
+from midstream.config.base import error_words
 from midstream.launch import terminal
-from midstream.launch.workers import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE, WORKS, Work, error_words
+from midstream.launch.workers import REFUSED_EXIT_CODE, STOPPED_EXIT_CODE, WORKS, Work
 from midstream.study.store import Stopped
 
 # Controls that turn the direction of what follows them, beyond the text.
