@@ -97,7 +97,7 @@ def image_shares(
         encoder = _patches(image_size, patch_size, record.config.hidden_size, resize)
     asked = _asked(root, limit, max_new_tokens)
     hidden = projector_hidden if projector_layers == 2 else "encoder_4x"
-    projector = ProjectorConfig(num_layers=projector_layers, hidden=hidden)
+    before = {"as imported": Evaluate(of=text, evaluation=text_only(asked))}
     talks = Epochs(sources=_sources(root, "instruct"), epochs=finetune_epochs)
     lines = []
     for share, seed in product(shares, seeds):
@@ -105,7 +105,7 @@ def image_shares(
             data=world,
             encoder=encoder,
             decoder=record.config,
-            projector=projector,
+            projector=ProjectorConfig(num_layers=projector_layers, hidden=hidden),
             attention=attention,
             start=ContinueFrom(stage=text),
             training=Training(
@@ -125,9 +125,7 @@ def image_shares(
         question="What share of images should this language model see?",
         lines=tuple(lines),
         figure=Figure(x="image_share", x_label="images in the image-text stage (% of tokens)"),
-        baselines={"as imported": Evaluate(of=text, evaluation=text_only(asked))}
-        if asked.text_tasks
-        else {},
+        baselines=before if asked.text_tasks else {},
     )
 
 
