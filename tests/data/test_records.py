@@ -120,7 +120,7 @@ def test_zeros_are_padding_but_an_archive_of_nothing_else_is_damaged(tmp_path: P
 
 @pytest.mark.parametrize("data", [b"", b"<html>" * 300, b"\x1f\x8b" + bytes(2000)])
 def test_what_is_no_tar_is_refused(tmp_path: Path, data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"a\.tar is (not a whole tar file|cut short)"):
+    with pytest.raises(ValueError, match=r"a\.tar is (not a whole tar|cut short|not .* a page)"):
         contents(written(tmp_path, data))
 
 

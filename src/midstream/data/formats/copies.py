@@ -24,7 +24,8 @@ def refuse_twins(sizes: Mapping[str, int]) -> None:
     That is a file beside its compressed self or beside the same in another format (by their names),
     a link and what it leads to, and a copy anywhere: a file of the same bytes, or, compressed and
     under the same name, of bytes that begin the same. So is what a local file of lines begins with
-    in a file of its own: a copy that was cut, or the first of its parts. Empty files are no copies.
+    in a file that is named after it or has no suffix (`split` makes such): a copy that was cut, or
+    the first of its parts. Empty files are no copies.
     """
     for side_by_side in _alike(sizes, _place):
         raise _refusal(side_by_side, "are the same records, by their names,")
@@ -44,7 +45,7 @@ def refuse_twins(sizes: Mapping[str, int]) -> None:
 
     for near in _alike(filter(_holds_lines, filled), _first_lines):
         for part, whole in pairwise(sorted(near, key=sizes.__getitem__)):
-            if _begins(part, whole, sizes[part]):
+            if _named_after(part, whole) and _begins(part, whole, sizes[part]):
                 raise ValueError(
                     f"{part} is what {whole} begins with, a part of it or a copy that was cut, and "
                     "would count twice; remove it, and the other parts if it is one, or name the "
@@ -96,6 +97,14 @@ def _first_lines(file: str) -> bytes | None:
     one, _, rest = head.partition(b"\n")
     two, end, _ = rest.partition(b"\n")
     return one + end + two if end else head if len(head) == _EDGE_BYTES else None
+
+
+def _named_after(part: str, whole: str) -> bool:
+    """Whether a file's name says that it may be a part or copy of another: all.jsonl.00 and
+    all (1).jsonl of all.jsonl, xaa of any; not 10.jsonl of 1.jsonl."""
+    one, two = (base_name(file).lower() for file in (part, whole))
+    short, long = sorted((os.path.splitext(name)[0] for name in (one, two)), key=len)
+    return is_unnamed(one) or (long.startswith(short) and not long[len(short) :][:1].isalnum())
 
 
 def _begins(part: str, whole: str, size: int) -> bool:
