@@ -110,7 +110,16 @@ def test_a_training_question_that_is_asked_or_shows_what_is_asked_about_is_left_
     assert row["details"]["few_shot.excluded"] == 2
     assert row["details"]["few_shot.pool"] == 8
     with pytest.raises(ValueError, match=r"8 training questions are left, 9 are wanted \(2 of 10"):
-        row_of(tmp_path / "more", fake, few_shot={"num_shots": 9})
+        row_of(tmp_path / "more", fake, few_shot={"num_shots": 9, "draw": "once"})
+    # Where none else are left they stand before other questions, where these have their own draw.
+    row = row_of(tmp_path / "more", fake, few_shot={"num_shots": 9})
+    assert (row["details"]["few_shot.excluded"], row["details"]["few_shot.pool"]) == (2, 9)
+    one, two, three, four = shots_of(tmp_path / "more", num_shots=9)
+    assert not any("which  1?" in shot.question for shot in one)
+    assert not any("Another?" in shot.question for shot in two)
+    assert any(shot.question.startswith(("which", "Another")) for shot in (*three, *four))
+    with pytest.raises(ValueError, match=r"9 training questions are left, 10 are wanted"):
+        shots_of(tmp_path / "more", num_shots=10)
 
 
 def test_shots_are_asked_as_earlier_turns_and_answers_end_at_stop_words(data: Path) -> None:

@@ -61,45 +61,55 @@ def read_shots(
     """The shots of a task; None where the evaluation asks for none.
 
     A training question that is asked itself (its id and words), or shares a picture with one that
-    is (its bytes), is left out and counted, as one without an answer is left out. Raises ValueError
-    where too few are left, and what `read_pool` raises.
+    is (its bytes), is left out and counted, as one without an answer is left out. Where that leaves
+    too few, as of a small world's pictures, it stands before other questions alone if each has its
+    own draw. Raises ValueError where too few are left, and what `read_pool` raises.
     """
     few = evaluation.few_shot
     if few is None:
         return None
-    asked = {(e.example_id, plain_words(e.question)) for e in task.examples}
-    seen = {file_digest(path) for example in task.examples for path in example.pictures}
+
+    def signs(one: VisualExample) -> frozenset[str]:
+        itself = f"{one.example_id} {plain_words(one.question)}"
+        return frozenset((itself, *map(file_digest, one.pictures)))
+
+    asked = list(map(signs, task.examples))
+    asked_of = frozenset[str]().union(*asked)
     wording = evaluation.wordings.get(task.name, evaluation.prompts)
     found = list(read_pool(world, task.name))
     random.Random(f"{few.seed} shots {task.name}").shuffle(found)
-    pool: list[Shot] = []
-    excluded = 0
+    pool, shared = list[Shot](), list[tuple[Shot, frozenset[str]]]()
     for example in found:
         if len(pool) == POOL:
             break
-        itself = (example.example_id, plain_words(example.question)) in asked
-        if itself or any(file_digest(path) in seen for path in example.pictures):
-            excluded += 1
-            continue
+        own = signs(example)
         reply = target(task.format, example, evaluation.letters, spelt_as_gold=True).gold
-        if reply is not None:
-            question = task.format.prompt(example.question, wording)
-            pool.append(Shot(question, reply, example.pictures))
+        question = task.format.prompt(example.question, wording)
+        shown = example.pictures if few.num_shots else ()
+        if not few.num_shots:
+            question = question.replace(IMAGE_MARK, "")
+        if own & asked_of:
+            shared.append((Shot(question, reply or "", shown), own))
+        elif reply is not None:
+            pool.append(Shot(question, reply, shown))
     number = few.num_before
-    if len(pool) < number:
-        raise ValueError(
-            f"shots for {task.name}: {len(pool)} training questions are left, {number} are wanted "
-            f"({excluded} of {len(found):,} are asked themselves or show what is asked about); "
-            "give the training split's files, or fewer shots"
-        )
-    if not few.num_shots:
-        pool = [Shot(one.question.replace(IMAGE_MARK, ""), one.reply, ()) for one in pool]
-    same = tuple(pool[:number])
-    before = [same] * len(task.examples)
+    before, least = [tuple(pool[:number])] * len(task.examples), len(pool)
     if few.draw == "each":
         draws = (f"{few.seed} shots {task.name} {e.example_id}" for e in task.examples)
-        before = [tuple(random.Random(draw).sample(pool, number)) for draw in draws]
-    return Shots(tuple(before), excluded, len(pool))
+        pools = [pool] * len(task.examples)
+        if least < number:
+            pools = [[*pool, *(s for s, own in shared if s.reply and not own & e)] for e in asked]
+            least = min(map(len, pools))
+        if least >= number:
+            chosen = zip(draws, pools, strict=True)
+            before = [tuple(random.Random(draw).sample(one, number)) for draw, one in chosen]
+    if least < number:
+        raise ValueError(
+            f"shots for {task.name}: {least} training questions are left, {number} are wanted "
+            f"({len(shared)} of {len(found):,} are asked themselves or show what is asked about); "
+            "give the training split's files, or fewer shots"
+        )
+    return Shots(tuple(before), len(shared), least)
 
 
 def up_to_stop(text: str) -> str:
