@@ -191,6 +191,8 @@ def test_what_would_be_learnt_wrongly_is_refused_with_its_reason(
     [
         {"id": "a.jpg", "image_id": None, "image_1": "", "num_images": 0},
         {"source": "a.jpg or b.jpg\nc.jpg", "blob": b"abc", "image_size": [2, 3]},
+        {"title": "How do I save a .png?", "avatar": "https://a.b/c.png", "photo": False},
+        {"speech": b"RIFF\x00\x00\x00\x00WAVEfmt "},
     ],
 )
 def test_what_speaks_of_no_picture_leaves_a_text_alone(others: Record) -> None:
@@ -206,7 +208,7 @@ def test_a_key_beside_the_pictures_that_are_read_is_nothing() -> None:
 def test_pictures_in_a_column_that_is_not_read_are_refused_by_its_name(
     put: Put, first: bytes | None
 ) -> None:
-    rows = [{"decoded": {"bytes": held, "path": None}} for held in (first, png(1))]
+    rows = [{"decoded": {"bytes": held, "path": None}, "image": None} for held in (first, png(1))]
     stream = io.BytesIO()
     table = [row | {"question": "Q?", "answer": "R."} for row in rows]
     parquet.write_table(pyarrow.Table.from_pylist(table), stream)

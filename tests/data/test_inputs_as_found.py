@@ -601,6 +601,7 @@ def test_a_copy_that_was_cut_is_refused_and_files_that_begin_alike_are_not(tmp_p
     write(tmp_path / "in/b.jsonl", data[:7_000] + b"\n" + data[:10])
     write(tmp_path / "in/one.jsonl", data[: data.index(b"\n") + 1])
     assert run("text", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.01)["records"] > 800
+    write(tmp_path / "in/a_other.jsonl", data[:9_500] + b"\n" + data[:10])
     write(tmp_path / "in/a (1).jsonl", data[:9_000])
     with pytest.raises(ValueError, match=r"a \(1\)\.jsonl is what .*/a\.jsonl begins with"):
         run("text", tmp_path / "in", tmp_path / "out")

@@ -182,6 +182,15 @@ def test_what_a_model_said_is_read_under_other_names_but_not_beside_an_answer(
     assert read_predictions(file)[0].answer == "green"
 
 
+def test_what_speaks_of_a_run_is_no_answer(tmp_path: Path) -> None:
+    about = {"output_dir": "/x/y", "generated_by": "llava", "completion_tokens": "12"}
+    file = lines_of(tmp_path / "a.jsonl", [{"question_id": 1, "label": "yes"} | about])
+    with pytest.raises(ValueError, match="has no answer, only"):
+        read_predictions(file)
+    file = lines_of(tmp_path / "b.jsonl", [{"question_id": 1, "answer": "yes"} | about])
+    assert read_predictions(file)[0].answer == "yes"
+
+
 @pytest.mark.parametrize("answer", [["yes", "no"], [], True, {}, float("inf"), [["a", 1]]])
 def test_what_is_no_answer_is_refused(tmp_path: Path, answer: Any) -> None:
     file = lines_of(tmp_path / "answers.jsonl", [{"id": 1, "answer": answer}])

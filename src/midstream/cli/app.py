@@ -37,7 +37,7 @@ USER_ERROR_EXIT_CODE = 2
 DEMO_STUDY = "pocket.when_images_arrive"
 
 # Where the shell leaves ~/ as it is: behind = or a comma, and in quotes.
-_HOME = re.compile(r"(?:(?<=[=,])|\A)~(?=/)")
+_HOME = re.compile(r"""(?:(?<=[=,\["'])|\A)~(?=/|\Z)""")
 
 
 class Commands(TyperGroup):

@@ -301,7 +301,7 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         "weight other than 0 and 1": "give replies a weight of 0 or 1, or none",
         "video or sound": "only texts and pictures are read; take these records out",
         "not a picture name": "give a name, base64 or {bytes, path}",
-        "picture under another key": "call it image, or images for a list",
+        "picture under another key": "call it image, or images for a list; or take it out",
         "empty caption": "take these records out",
         NOT_FETCHED: "img2dataset has not got these pictures; fetch them again",
         "zero-byte picture": "fetch them again, or take them out",

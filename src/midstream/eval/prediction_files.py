@@ -34,7 +34,9 @@ _KEYS = {
 }
 # Other names of what a model said: pred_answer, model_response, outputs.
 _SAID = re.compile(
-    r"(pred|generat|respon|output|hypothes|complet|(model|llm|vlm|final|parsed)answer)(?!.*(id|path)$)"
+    r"(model|llm|vlm|raw|full|final|parsed|generated)(answer|response|output|prediction)s?"
+    r"|(response|output|prediction)s"
+    r"|pred(icted|iction)?(answer|text|label)|generat(ed|ion)s?|hypothesis|completion"
 )
 _SEPARATORS = "\t,;"
 _LINES = "give JSON lines of question_id and answer, or a table whose first line names its columns"
@@ -223,7 +225,7 @@ def _prediction(value: Any, where: str) -> Prediction:
     others = [
         key
         for key, one in value.items()
-        if key not in _KEYS.values() and isinstance(one, str) and _SAID.search(_plain_key(key))
+        if key not in _KEYS.values() and isinstance(one, str) and _SAID.fullmatch(_plain_key(key))
     ]
     if len(others) == 1 and not keys:
         keys = others

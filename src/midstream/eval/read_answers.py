@@ -95,7 +95,7 @@ def box_note(predictions: Sequence[str], examples: Sequence[VisualExample]) -> s
             box_iou(box, to_square(e.gold, *e.size)) for box, e in boxes if e.size is not None
         ],
     }
-    usual = mean([overlap(text, e.gold) for text, e in zip(predictions, examples, strict=True)])
+    usual = mean([overlap(str(list(box)), e.gold) for box, e in boxes])
     best = max(ways, key=lambda way: mean(ways[way]) or 0.0)
     other = mean(ways[best]) or 0.0
     if usual is None or other <= usual + _TELLING:

@@ -176,8 +176,8 @@ def lacking(study: AnyStudy) -> Iterator[Problem]:
 
 
 def exhibits(study: Study) -> Iterator[Problem]:
-    """Lines, axes and places that the study's figure, table and claims lack; without them its
-    report, when all has run, shows nothing there."""
+    """Lines and axes that the study's figure, table and claims lack, and places that are none;
+    without them its report, when all has run, shows nothing there."""
     if not study.lines:
         yield Problem(
             f"study {study.name!r} has no lines", "give it lines, such as by --set seeds=7"

@@ -87,12 +87,14 @@ class Verdict:
     """What becomes of a stage whose job has ended, and why.
 
     `counts`: it uses up one of the stage's restarts. `unnoted`: the store does not say it yet.
+    `forgotten`: Slurm has lost this job, or what it waits for.
     """
 
     state: Literal["done", "failed", "waiting", "doubted"]
     text: str = ""
     counts: bool = False
     unnoted: bool = False
+    forgotten: bool = False
 
 
 def verdict(
@@ -125,7 +127,7 @@ def verdict(
         early = f"job {job_id} began before {waits_for} was done"
         forgotten = f"Slurm no longer knows job {job_id}" if job is None else early
         if num_forgotten < MAX_FORGOTTEN:
-            return Verdict("waiting", forgotten)
+            return Verdict("waiting", forgotten, forgotten=True)
         return Verdict("failed", f"{forgotten}, like {MAX_FORGOTTEN} before it", unnoted=True)
     if status["state"] == "stopped" and is_news and job.state != "CANCELLED":
         return Verdict("waiting", f"job {job.id} was told to stop ({job.state})")
@@ -310,7 +312,7 @@ class SlurmBackend:
         )
         one.is_doubted = found.state == "doubted"
         if found.state == "waiting":
-            self.forgotten[name] += job is None or bool(parents)
+            self.forgotten[name] += found.forgotten
             self.restarts[name] += found.counts
             if found.text:
                 self._note(f"{self.plan.labels[name]} is submitted again: {found.text}")

@@ -391,8 +391,8 @@ def _public(repository: str, revisions: Sequence[str | None]) -> PublicModel:
     return PublicModel(repository, decoder, dict(zip(SHARES, revisions, strict=True)))
 
 
-# Five revisions of each, nearest to 20, 40, 60, 80 and 100 % of the run; their tokens and rates are
-# in `study/families.py`. Of Pythia's 143,000 steps every thousandth is kept, the last one as main.
+# Five revisions of each, nearest to 20, 40, 60, 80 and 100 % of the run; their tokens and rates
+# are in the tables above. Of Pythia's 143,000 steps every thousandth is kept, the last one as main.
 _PYTHIA_STEPS = (*(f"step{step}" for step in (29_000, 57_000, 86_000, 114_000)), None)
 PUBLIC_MODELS: Mapping[str, PublicModel] = {
     **{

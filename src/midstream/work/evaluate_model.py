@@ -170,7 +170,10 @@ def _check_named(name: str, request: EvaluateRequest) -> None:
     """Raises what opening the model would, without its weights."""
     from midstream.eval.foreign_model import open_config
 
-    if not _is_stage(Path(name)):
+    if _is_stage(path := Path(name)) and not path.is_dir():
+        kept = ", ".join(sorted(one.name for one in path.parent.glob("*"))) or "nothing"
+        raise FileNotFoundError(f"{name} is not there; {path.parent} holds {kept}")
+    if not _is_stage(path):
         open_config(name, {"trust_remote_code": request.trust_remote_code})
 
 

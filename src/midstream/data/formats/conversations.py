@@ -27,7 +27,13 @@ from midstream.data.formats.records import (
     ReadOptions,
     Unit,
 )
-from midstream.data.formats.said import PAIRS, PICTURE_KEYS, ConversationError, pair_in
+from midstream.data.formats.said import (
+    PAIRS,
+    PICTURE_KEYS,
+    ConversationError,
+    is_absent,
+    pair_in,
+)
 from midstream.data.formats.tables import TABLES, columns_of, refuse_splits, table_records
 from midstream.data.formats.turns import (
     KEYS,
@@ -135,12 +141,14 @@ def _conversations_of(path: str, *, asks: bool) -> tuple[list[Unit], bool]:
 
 
 def _refuse_unread_pictures(path: str, names: Sequence[str]) -> None:
-    """Raises ValueError for a table without a column of pictures that is read, but another one."""
+    """Raises ValueError for a table with a column of pictures that is not read, and no picture in
+    one that is."""
     others = [name for name in names if name not in KEYS and names.count(name) == 1]
-    if not others or {*PICTURE_KEYS} & {*names}:
-        return
-    for _, row in islice(table_records(path, others), _NUM_LOOKED_AT):
-        if not isinstance(row, Reject) and (column := unread_picture(row)):
+    read = [name for name in names if name in PICTURE_KEYS and names.count(name) == 1]
+    for _, row in islice(table_records(path, [*others, *read]), _NUM_LOOKED_AT) if others else ():
+        if isinstance(row, Reject) or not all(is_absent(row[name]) for name in read):
+            continue
+        if column := unread_picture(row):
             raise ValueError(
                 f"{path} has a column {column!r} of pictures, which is not read, and its "
                 "conversations would be text alone; call it image, or images for lists"

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations
 from typing import TypeVar
 
 from midstream.core.digests import PACKED, PACKED_TARS, is_unnamed
@@ -44,7 +44,7 @@ def refuse_twins(sizes: Mapping[str, int]) -> None:
                 raise _refusal(copies, "hold the same records, once compressed,")
 
     for near in _alike(filter(_holds_lines, filled), _first_lines):
-        for part, whole in pairwise(sorted(near, key=sizes.__getitem__)):
+        for part, whole in combinations(sorted(near, key=sizes.__getitem__), 2):
             if _named_after(part, whole) and _begins(part, whole, sizes[part]):
                 raise ValueError(
                     f"{part} is what {whole} begins with, a part of it or a copy that was cut, and "

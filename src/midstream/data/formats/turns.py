@@ -48,7 +48,7 @@ KEYS = (
 )
 # Further keys that speak of a picture, and how files of pictures begin.
 _ABOUT_ONE = re.compile(r"(?i)(?:image|img|photo|picture|screenshot)s?(?:[ _-]?(?:ids?|\d+))?")
-_BEGINS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
+_BEGINS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")
 _KNOWN = frozenset(KEYS)
 # Why a question, or a system text, is left out; why a conversation is.
 NO_REPLY, EMPTY_REPLY, NO_ASKED = (
@@ -116,7 +116,8 @@ def conversation_of(record: dict[str, Any], where: str, rating: int | None = Non
 def unread_picture(record: Mapping[str, Any]) -> str:
     """The first key of a record, none of `KEYS`, that shows a picture or speaks of one; "" for
     none."""
-    others = ((key, x) for key, x in record.items() if key not in _KNOWN and not is_absent(x))
+    others = [(key, x) for key, x in record.items() if key not in _KNOWN and not is_absent(x)]
+    others = [(key, x) for key, x in others if x is not False]
     return next((k for k, x in others if _ABOUT_ONE.fullmatch(k) or _is_picture(x)), "")
 
 
@@ -125,8 +126,10 @@ def _is_picture(value: object) -> bool:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        return value.startswith(_BEGINS)
-    return isinstance(value, str) and is_picture(value.partition("?")[0]) and "\n" not in value
+        return value.startswith(_BEGINS) or (value[:4], value[8:12]) == (b"RIFF", b"WEBP")
+    # Titles speak of files, and addresses lead to what goes with a text, such as an avatar.
+    is_name = isinstance(value, str) and not re.search(r"\s|://", value)
+    return is_name and is_picture(str(value))
 
 
 def _listed(record: dict[str, Any]) -> object:
