@@ -126,7 +126,7 @@ def test_a_pad_token_without_a_row_pads_nothing(expected: list[str], copied: Pat
 
 
 @pytest.mark.parametrize("pad", [-1, 100_000])
-def test_a_pad_token_of_the_configs_without_a_row_fills_nothing_up(
+def test_a_pad_token_of_the_configs_without_a_row_ends_no_run(
     expected: list[str], copied: Path, pad: int
 ) -> None:
     text = json.loads((copied / "config.json").read_text())["text_config"]
@@ -135,9 +135,7 @@ def test_a_pad_token_of_the_configs_without_a_row_fills_nothing_up(
     peer = opened(copied)
     first = peer.tokenizer(expected[0], add_special_tokens=False)["input_ids"][0]
     edit(copied / "generation_config.json", pad_token_id=pad, eos_token_id=[first])
-    cut = answers(copied)
-    assert cut != expected
-    assert all(whole.startswith(part) for whole, part in zip(expected, cut, strict=True))
+    assert answers(copied) != expected
 
 
 def test_a_template_that_can_is_asked_for_an_answer_without_thoughts(
