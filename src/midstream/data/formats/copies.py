@@ -15,6 +15,7 @@ T = TypeVar("T")
 # Of two files with one name, one of these holds what the other does in another format.
 _RECORDS = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
 _LINES = (".jsonl", ".json")
+_TELLING_BYTES = 64
 _EDGE_BYTES, _HEAD_BYTES, _COMPARED_BYTES = 2**16, 2**20, 2**22
 
 
@@ -92,11 +93,12 @@ def _holds_lines(file: str) -> bool:
 
 
 def _first_lines(file: str) -> bytes | None:
-    """Two of them, since a single record may be in two files."""
+    """Two of them at least, since a single record may be in two files, and more where they are as
+    short as those that many files of JSON begin with."""
     head = read_range(file, 0, _EDGE_BYTES)
-    one, _, rest = head.partition(b"\n")
-    two, end, _ = rest.partition(b"\n")
-    return one + end + two if end else head if len(head) == _EDGE_BYTES else None
+    second = head.find(b"\n") + 1
+    end = head.find(b"\n", max(second, _TELLING_BYTES)) if second else -1
+    return head[:end] if end >= 0 else head if len(head) == _EDGE_BYTES else None
 
 
 def _named_after(part: str, whole: str) -> bool:
