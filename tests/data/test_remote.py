@@ -17,7 +17,7 @@ from object_server import Fault, Served, serving
 
 from inputs import png, tar
 from midstream.data import remote
-from midstream.data.block_cache import FOLDER
+from midstream.data.archives import FOLDER
 from midstream.data.formats.files import (
     exists,
     find_files,

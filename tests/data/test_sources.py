@@ -21,7 +21,7 @@ import tiny
 from inputs import png
 from midstream.config import Epochs, Rows
 from midstream.core.storage import read_json
-from midstream.data import columns, source_writer, sources
+from midstream.data import archives, columns, source_writer, sources
 from midstream.data.examples import Example
 from midstream.data.images import load_pixels
 from midstream.data.rows import plan_rows
@@ -383,9 +383,9 @@ def test_what_is_open_is_bounded_however_many_shards_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: bool
 ) -> None:
     monkeypatch.setattr(source_writer, "MOST_SEPARATE", 1 if joined else 99)
-    kept = columns.Kept(3)
-    monkeypatch.setattr(sources, "archives", lambda: kept)
-    monkeypatch.setattr(sources, "SHARDS", columns.Kept(12))
+    kept = archives.Kept(3)
+    monkeypatch.setattr(sources, "open_archives", lambda: kept)
+    monkeypatch.setattr(sources, "SHARDS", archives.Kept(12))
     source = many_archives(tmp_path, 20)
     before = len(os.listdir("/proc/self/fd"))
     for example in [*range(40), *range(39, -1, -1), *range(0, 40, 7)]:

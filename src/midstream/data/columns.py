@@ -1,26 +1,18 @@
-"""The files of a prepared source's shards: columns mapped into memory, pictures read in ranges.
+"""The columns of a prepared source's shards, mapped into memory."""
 
-What is open in one process is bounded, and nothing here has a place of its own in a file, so that
-processes that are forked from one another read side by side.
-"""
-
-import os
-import resource
-import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from random import Random
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 
 from midstream.core.storage import new_folder, read_json
-from midstream.data.block_cache import BlockCache, cache_folder
-from midstream.data.remote import Stamp, fetch_whole, refuse_changed
+from midstream.data.archives import Kept
+from midstream.data.remote import Stamp
 
 SHARD_INDEX = "shard.json"
 # Beside a shard's index: what it was made from, and the other files of its pictures then.
@@ -34,11 +26,8 @@ COLUMNS = "columns"
 MOST_SEPARATE = 256
 # Linux maps 65,530 files into one process, unless it was told otherwise.
 MOST_MAPS = 45_000
-MOST_FILES = 2**16
 # So many names of picture files are some hundred megabytes.
 MOST_NAMES = 2_000_000
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
 
 
 class StoredPicture(NamedTuple):
@@ -52,41 +41,6 @@ class StoredPicture(NamedTuple):
 
 # Columns of `map_pictures`.
 PLACE, HASH = 3, slice(4, 6)
-
-
-class Opened(dict[Key, Value]):
-    """What one source has open."""
-
-
-class Kept(Generic[Key, Value]):
-    """Bounds what all sources of this process have open together.
-
-    Where it becomes too much, something gives way by chance: whatever is read in the same order
-    again and again would never find the oldest. And it does so for one newcomer of several alone:
-    what is read once an epoch, each in its turn, would else push out what is still to come.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most, self._cost, self._random = most, 0, Random(0)
-        # A source that is gone leaves its entries behind, and no file.
-        self._entries: list[tuple[weakref.ref[Opened[Key, Value]], Key, int]] = []
-
-    def add(self, opened: Opened[Key, Value], key: Key, cost: int, value: Value) -> Value:
-        """Keep a value, most likely, which counts `cost` towards the most, and return it."""
-        if self._entries and self._cost + cost > self._most and self._random.randrange(8):
-            return value
-        while self._entries and self._cost + cost > self._most:
-            chosen = self._random.randrange(len(self._entries))
-            held, old, freed = self._entries[chosen]
-            self._entries[chosen] = self._entries[-1]
-            self._entries.pop()
-            self._cost -= freed
-            if (source := held()) is not None:
-                source.pop(old, None)
-        self._entries.append((weakref.ref(opened), key, cost))
-        self._cost += cost
-        opened[key] = value
-        return value
 
 
 def map_file(path: Path) -> np.ndarray:
@@ -402,49 +356,5 @@ def join_columns(folder: Path, shards: Sequence[Mapping[str, Any]], head: int) -
             column.flush()
 
 
-class Archive:
-    """A picture file or an archive of many, read at byte ranges; local paths and `fsspec` URLs.
-
-    Of a URL the `stamp` says what it was when it was indexed. Raises ChangedError if it is another.
-    """
-
-    def __init__(self, path: str, stamp: Stamp | None = None) -> None:
-        self.path = path
-        self._blocks: BlockCache | None = None
-        self._descriptor = -1 if "://" in path else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if self._descriptor < 0 and stamp is not None:
-            remedy = "put back what was there, or prepare the source again (`midstream prepare`)"
-            refuse_changed(path, stamp, "the source was prepared", remedy)
-            if (folder := cache_folder()) is not None:
-                self._blocks = BlockCache(folder, path, stamp, int(stamp[0] or 0), fetch_whole)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on; of a local file fewer where it ends."""
-        if self._descriptor >= 0:
-            return os.pread(self._descriptor, size, offset)
-        if self._blocks is not None:
-            return self._blocks.read(offset, offset + size)
-        return fetch_whole(self.path, offset, offset + size)
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
-            os.close(self._descriptor)
-
-
-def _most_files() -> int:
-    # As many as this process may be given; what is left is for whatever else it opens.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return max(most // 2, most - 1024)
-
-
 SHARDS = Kept[int, Shard](MOST_MAPS)
 FILES = Kept[int, tuple[str, ...]](MOST_NAMES)
-
-
-@cache
-def archives() -> Kept[int, Archive]:
-    """The archives that are open; this process may open more files from the first call on."""
-    return Kept(_most_files())

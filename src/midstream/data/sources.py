@@ -3,6 +3,7 @@
 `docs/data.md` describes its files; all columns are memory-mapped, and nothing is read whole.
 """
 
+import os
 import sys
 from array import array
 from bisect import bisect_right
@@ -18,18 +19,16 @@ import xxhash
 
 from midstream.config import Caption, check_caption
 from midstream.core.storage import read_json
+from midstream.data.archives import Archive, Archives, Opened, open_archives
 from midstream.data.columns import (
     COLUMNS,
     FILES,
     OWN_PICTURES,
     SHARDS,
-    Archive,
     JoinedColumns,
-    Opened,
     Part,
     Shard,
     StoredPicture,
-    archives,
 )
 
 Kind = Literal["text", "caption", "instruct", "interleaved"]
@@ -176,8 +175,8 @@ class Source:
         return Opened()
 
     @cached_property
-    def _archives(self) -> Opened[int, Archive]:
-        return Opened()
+    def _archives(self) -> Archives:
+        return Archives(len(self.index["shards"]))
 
     @cached_property
     def _joined(self) -> JoinedColumns | None:
@@ -381,17 +380,11 @@ class Source:
         """
         number, local = self._place(example)
         file, offset, size, hashed = self._stored(number, local, picture)
-        key = number << 32 | file
         try:
-            archive = self._archives.get(key)
-            if archive is None:
-                path = self._path(number, file)
-                stamped = offset and "://" in path
-                archive = Archive(path, self._shard(number).stamp_of(path) if stamped else None)
-                # A picture of its own, most likely, is not kept open.
-                if offset:
-                    archives().add(self._archives, key, 1, archive)
-            data = archive.read(offset, size)
+            if file == 0 and (descriptor := self._archives.first[number]) >= 0:
+                data = os.pread(descriptor, size, offset)
+            else:
+                data = self._archive(number, file, offset).read(offset, size)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{self.describe(example)}: its picture {self._path(number, file)} is gone; put it "
@@ -405,6 +398,18 @@ class Source:
                 "the data again"
             )
         return data
+
+    def _archive(self, number: int, file: int, offset: int) -> Archive:
+        key = number << 32 | file
+        archive = self._archives.get(key)
+        if archive is None:
+            path = self._path(number, file)
+            stamped = offset and "://" in path
+            archive = Archive(path, self._shard(number).stamp_of(path) if stamped else None)
+            # A picture of its own, most likely, is not kept open.
+            if offset:
+                open_archives().add(self._archives, key, 1, archive)
+        return archive
 
     def _stored(self, number: int, local: int, picture: int) -> StoredPicture:
         if self._joined is None or self._joined.pictures is not None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.data import block_cache
-from midstream.data.block_cache import BLOCK_BYTES, BlockCache
+from midstream.data import archives
+from midstream.data.archives import BLOCK_BYTES, BlockCache
 
 SIZE = 5 * BLOCK_BYTES + 1234
 DATA = bytes((n * n + n // 251) % 256 for n in range(SIZE))
@@ -101,7 +101,7 @@ def test_blocks_of_another_version_are_others(tmp_path: Path) -> None:
 def test_a_disk_that_is_nearly_full_is_filled_no_further(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_cache, "_FREE_FRACTION", 1.0)
+    monkeypatch.setattr(archives, "_FREE_FRACTION", 1.0)
     server = Server()
     for _ in range(2):
         assert server.cache(tmp_path).read(3, 9) == DATA[3:9]
@@ -112,19 +112,19 @@ def test_a_disk_that_is_nearly_full_is_filled_no_further(
 def test_a_folder_that_is_removed_in_between_costs_its_blocks_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server, write = Server(), block_cache._write
+    server, write = Server(), archives._write
 
     def removed(path: Path, offset: int, data: bytes) -> None:
         shutil.rmtree(tmp_path, ignore_errors=True)
         write(path, offset, data)
 
-    monkeypatch.setattr(block_cache, "_write", removed)
+    monkeypatch.setattr(archives, "_write", removed)
     assert server.cache(tmp_path).read(3, 9) == DATA[3:9]
-    monkeypatch.setattr(block_cache, "_write", write)
+    monkeypatch.setattr(archives, "_write", write)
     assert server.cache(tmp_path).read(3, 9) == DATA[3:9]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OSError, match=f"{tmp_path}/file keeps no blocks.*{block_cache.FOLDER}"):
+    with pytest.raises(OSError, match=f"{tmp_path}/file keeps no blocks.*{archives.FOLDER}"):
         Server().cache(tmp_path / "file").read(0, 1)
