@@ -83,18 +83,18 @@ def decode_pixels(
     `crop` first takes the middle of pictures longer than `MAX_STRIP` widths, which moves them by
     half a pixel at most. Raises ValueError as `decode` does.
     """
-    return _pixels(data, lambda: where, transform)
+    return normalised(_raster(data, lambda: where, transform), transform)
 
 
-def _pixels(
+def _raster(
     data: bytes, where: Callable[[], str], transform: ImageTransform
-) -> Float32[np.ndarray, "3 size size"]:
+) -> UInt8[np.ndarray, "size size 3"]:
     with naming_picture(where):
         picture = open_picture(data)
         raster = _decode_jpeg(data, picture)
         if raster is None:
             raster = np.array(upright_rgb(picture))
-    return _normalised(_fitted(raster, transform), transform)
+    return _fitted(raster, transform)
 
 
 @contextmanager
@@ -239,12 +239,13 @@ def _padded(raster: np.ndarray, axis: int, padding: int, transform: ImageTransfo
     return canvas
 
 
-def _normalised(
-    raster: UInt8[np.ndarray, "size size 3"], transform: ImageTransform
-) -> Float32[np.ndarray, "3 size size"]:
-    pixels = np.empty((3, *raster.shape[:2]), dtype=np.float32)
-    pixels[:] = raster.transpose(2, 0, 1)
-    for plane, mean, std in zip(pixels, transform.mean, transform.std, strict=True):
+def normalised(
+    raster: UInt8[np.ndarray, "*images size size 3"], transform: ImageTransform
+) -> Float32[np.ndarray, "*images 3 size size"]:
+    """(value / 255 - mean) / std by channel; of one picture or of several, to the same bits."""
+    pixels = np.ascontiguousarray(np.moveaxis(raster, -1, -3), dtype=np.float32)
+    for channel, (mean, std) in enumerate(zip(transform.mean, transform.std, strict=True)):
+        plane = pixels[..., channel, :, :]
         plane -= np.float32(255 * mean)
         plane /= np.float32(255 * std)
     return pixels
@@ -261,9 +262,16 @@ def load_pixels(
     source: Source, example: int, config: AnyEncoderConfig, picture: int = 0
 ) -> Float32[np.ndarray, "3 s s"]:
     """A picture of an example as the encoder takes it."""
+    return normalised(load_raster(source, example, config, picture), config.transform)
+
+
+def load_raster(
+    source: Source, example: int, config: AnyEncoderConfig, picture: int = 0
+) -> UInt8[np.ndarray, "s s 3"]:
+    """The same before `normalised`."""
     # Its name stands behind those of all examples before it: it is looked up where it is needed.
     data = source.image_bytes(example, picture)
-    return _pixels(data, lambda: source.describe(example), config.transform)
+    return _raster(data, lambda: source.describe(example), config.transform)
 
 
 def pack(
@@ -419,7 +427,8 @@ def pixel_batches(
         return
 
     def decoded(data: bytes, example: int) -> np.ndarray:
-        return _pixels(data, lambda: source.describe(example), config.transform)
+        raster = _raster(data, lambda: source.describe(example), config.transform)
+        return normalised(raster, config.transform)
 
     ahead = deque[list[Future[np.ndarray]]]()
     with ThreadPoolExecutor(workers) as threads:

@@ -74,9 +74,10 @@ ASKED = Evaluation(
 
 
 def encoder_stage(
-    data: Prepare, *, num_steps: int, encoder: EncoderConfig = ENCODER
+    data: Prepare, *, num_steps: int, encoder: EncoderConfig = ENCODER, max_text_tokens: int = 80
 ) -> TrainEncoder:
-    """The tiny SigLIP encoder, or another tower, trained on the world's captions."""
+    """The tiny SigLIP encoder, or another tower, trained on the world's captions of 24 tokens at
+    most."""
     return TrainEncoder(
         data=data,
         encoder=encoder,
@@ -84,7 +85,7 @@ def encoder_stage(
             source="pictures",
             text_hidden_size=64,
             text_num_layers=1,
-            max_text_tokens=80,
+            max_text_tokens=max_text_tokens,
             batch_images=64,
             num_steps=num_steps,
             schedule=WarmupCosine(peak_rate=1e-3, end_rate=1e-5, warmup_fraction=0.1),
@@ -132,7 +133,8 @@ def when_images_arrive(
     seed draws the order of captions and conversations, and the projector.
     """
     data = Prepare(world=PocketWorld(), tokenizer=TOKENIZER)
-    encoder = encoder_stage(data, num_steps=encoder_steps)
+    # Nothing else can run until it is done.
+    encoder = encoder_stage(data, num_steps=encoder_steps, max_text_tokens=24)
     # A start of one's own is kept beside those that all such studies share.
     kept = sorted({*MILESTONES, *completions} - {0.0})
     text = text_stage(data, total_tokens=text_tokens, rate=text_rate, milestones=kept)

@@ -19,7 +19,7 @@ from midstream.config import HELD_APART, ContrastiveTraining, EncoderConfig, che
 from midstream.config.training import rate_at
 from midstream.core.storage import new_folder
 from midstream.data.examples import TextCodec
-from midstream.data.images import load_pixels
+from midstream.data.images import load_raster, normalised
 from midstream.data.lengths import SourceLengths
 from midstream.data.sources import Source
 from midstream.model.vision import Tower, initialisers_of, unset
@@ -237,26 +237,26 @@ def _retrieval(
 
 
 class PixelCache:
-    """Decoded pictures of a source; keeps what was read, up to a bound."""
+    """Decoded pictures of a source; keeps what was read, a byte a value, up to a bound."""
 
     MAX_BYTES = 2**29
 
     def __init__(self, source: Source, config: EncoderConfig) -> None:
         self.source, self.config = source, config
         self._kept: dict[int, np.ndarray] = {}
-        self._room = self.MAX_BYTES // (12 * config.image_size**2)
+        self._room = self.MAX_BYTES // (3 * config.image_size**2)
 
     def batch(self, examples: np.ndarray) -> torch.Tensor:
         """float32 [examples, 3, size, size]."""
         found = []
         for example in examples.tolist():
-            pixels = self._kept.get(example)
-            if pixels is None:
-                pixels = load_pixels(self.source, example, self.config)
+            raster = self._kept.get(example)
+            if raster is None:
+                raster = load_raster(self.source, example, self.config)
                 if len(self._kept) < self._room:
-                    self._kept[example] = pixels
-            found.append(pixels)
-        return torch.from_numpy(np.stack(found))
+                    self._kept[example] = raster
+            found.append(raster)
+        return torch.from_numpy(normalised(np.stack(found), self.config.transform))
 
 
 class Captions:
