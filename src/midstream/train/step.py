@@ -399,8 +399,7 @@ def train_step(
             (loss / num_targets).backward()  # type: ignore[no-untyped-call]
             total += cross_entropy
     _meet(place, clock)
-    untouched = _touch(model)
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    parameters, untouched = _touched(model)
     with clock.part("optimizer", on_device=True):
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
         place.add_up(total)
@@ -426,10 +425,13 @@ def _halt_unless_finite(optimizer: torch.optim.Optimizer, numbers: Tensor) -> No
     fused.found_inf = halted if before is None else torch.maximum(before, halted)
 
 
-def _touch(model: VLM) -> tuple[str, ...]:
-    untouched = []
+def _touched(model: VLM) -> tuple[list[Tensor], tuple[str, ...]]:
+    # The trained parameters, all with a gradient now, and the names of those that had none.
+    trained, untouched = list[Tensor](), []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            untouched.append(name)
-            parameter.grad = torch.zeros_like(parameter)
-    return tuple(untouched)
+        if parameter.requires_grad:
+            trained.append(parameter)
+            if parameter.grad is None:
+                untouched.append(name)
+                parameter.grad = torch.zeros_like(parameter)
+    return trained, tuple(untouched)
