@@ -45,7 +45,7 @@ from documents import (
     synopsis_problems,
 )
 from midstream.cli.app import app
-from midstream.cli.catalogue import find_study, read_settings, with_scale
+from midstream.cli.catalogue import catalogue, find_study, read_settings, with_scale
 from midstream.config import Machine, SlurmSettings
 from midstream.core.storage import read_json, write_json
 from midstream.cost.graph import plan
@@ -286,6 +286,31 @@ def test_names_of_code_that_a_reader_is_sent_to_are_in_the_source(page: str) -> 
         if re.fullmatch(r"\w+", span) and span not in words:
             problems.append(f"{page}:{line}: nothing in src/ is called {span}")
     assert not problems
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_name_that_is_said_to_be_in_a_file_is_in_it(page: str) -> None:
+    text = " ".join(re.sub(r"(?ms)^```.*?^```", "", read(page)).split())
+    told = re.findall(r"`(\w+)`(?: of| in|,)? \(?`([\w/]+\.py)`", text)
+    told += [(name, file) for file, name in re.findall(r"`([\w/]+\.py)` \(`(?:\w+\.)?(\w+)`", text)]
+    problems = []
+    for name, file in told:
+        file = file.removeprefix("src/midstream/")
+        held = [one for one in files() if one.startswith("src/") and one.endswith(f"/{file}")]
+        if held and not any(re.search(rf"\b{name}\b", (ROOT / one).read_text()) for one in held):
+            problems.append(f"{page}: {file} has no {name}")
+    assert not problems
+
+
+def test_the_catalogue_of_studies_names_every_recipe() -> None:
+    rows = read("docs/studies.md").partition("\n| recipe | asks |\n")[2].partition("\n\n")[0]
+    named = [
+        name
+        for row in rows.split("\n")
+        for name in re.findall(r"`([\w.]+)`", row[: row.find(" | ")])
+    ]
+    between = [f"paper.table_{number}" for number in range(4, 8)]
+    assert sorted([*named, *between]) == sorted(catalogue())
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -302,6 +302,26 @@ def test_a_store_that_another_launcher_holds_is_refused_with_its_process(
     assert "wait until it ends, stop it, or give another --store" in message
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("run", "pocket.when_images_arrive", "--max-seeds", "9"),
+            "--max-seeds goes with --decide",
+        ),
+        (("eval", "runs/finetune-0", "--wrong"), "--wrong goes with --show"),
+        (("status", "--every=5"), "--every goes with --watch"),
+    ],
+)
+def test_an_option_without_the_one_that_it_goes_with_is_refused(
+    words: tuple[str, ...], told: str
+) -> None:
+    result = midstream(*words)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert "goes with" not in midstream("status", "--watch", "--every", "0.1").stderr
+
+
 def test_a_folder_without_files_is_refused(
     finished: tuple[Ledger, Path], file: Path, tmp_path: Path
 ) -> None:

@@ -128,6 +128,7 @@ def test_pictures_of_records_and_manifests_are_not_called_unread(tmp_path: Path)
     done, notices = heard("conversations", tmp_path / "talks", tmp_path / "t")
     assert done["unread"] == {"files": 1, "first": ["talks/old.json"]}
     assert notices[0].startswith("1 file is not read: talks/old.json; ")
+    assert "or llava.json alone where the folder has it" in notices[0]
     write_tar(tmp_path / "ids/0.tar", {"0.json": b"[1, 2]"})
     write(tmp_path / "ids", **{"manifest.jsonl": '{"shard": "0", "num_sequences": 1}\n'})
     assert heard("text", tmp_path / "ids", tmp_path / "i")[1] == []

@@ -554,6 +554,26 @@ def test_a_split_that_nothing_says_is_refused(tmp_path: Path) -> None:
         read_all("text", path, options=train)
 
 
+@pytest.mark.parametrize(
+    ("section", "options"),
+    [
+        ("text", ReadOptions(images=".")),
+        ("text", ReadOptions(max_tokens=9)),
+        ("captions", ReadOptions(rating=3)),
+        ("conversations", ReadOptions(text_key="content")),
+        ("conversations", ReadOptions(require="synthetic")),
+        ("conversations", ReadOptions(lost="text")),
+        ("captions", ReadOptions(similarity=0.2)),
+    ],
+)
+def test_an_option_of_another_kind_of_source_is_refused(
+    tmp_path: Path, section: str, options: ReadOptions
+) -> None:
+    path = write(tmp_path / "a.jsonl", as_lines([{"text": "a"}]))
+    with pytest.raises(ValueError, match=rf"--[\w-]+ is of .*; for {section} leave it out"):
+        read_all(section, path, options=options)
+
+
 def test_splits_in_several_files_of_a_source_are_never_read_as_one(tmp_path: Path) -> None:
     write_pictures(tmp_path)
     for name, split in (("a", "train"), ("b", "val")):

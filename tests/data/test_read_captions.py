@@ -227,6 +227,20 @@ def test_rows_of_a_csv(tmp_path: Path, data: bytes, expected: list[str]) -> None
     assert outcome(read(write(tmp_path / "captions.csv", data))) == expected
 
 
+def test_a_csv_of_any_name_in_a_folder_is_told_by_its_columns(tmp_path: Path) -> None:
+    write(tmp_path / "0.jpg", picture(0))
+    write(tmp_path / "notes.csv", b"who,what\nme,nothing\n")
+    with pytest.raises(
+        ValueError, match=r"holds no captions; if one of .*notes\.csv has them, name"
+    ):
+        read(str(tmp_path))
+    labels = write(tmp_path / "labels.csv", b"filename,caption\n0.jpg,a\n")
+    assert captions(read(str(tmp_path))) == ["a"]
+    write(tmp_path / "labels.csv", b"filename,said\n0.jpg,a\n")
+    with pytest.raises(ValueError, match=rf"{labels} has the columns .*'said'.*--text-key names"):
+        read(str(tmp_path))
+
+
 def test_another_column_is_read_where_it_is_named(tmp_path: Path) -> None:
     write(tmp_path / "0.jpg", picture(0))
     path = write(tmp_path / "captions.csv", b"image,caption,short\n0.jpg,long,brief\n")

@@ -276,7 +276,7 @@ def test_answers_of_another_version_are_asked_again(
     assert heard == set(TASKS)
 
 
-def listed(data: Path) -> str:
+def listed(data: Path | None) -> str:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as told:
         patch.setenv("COLUMNS", "400")
         list_tasks(ListTasksRequest(data=data), Channel(None))
@@ -309,6 +309,8 @@ def test_the_list_has_a_worlds_own_tasks_and_what_is_wrong_with_them(tmp_path: P
     assert row_of(told, "letters").startswith("letters 50.00 3 items in ")
     assert row_of(told, "broken").startswith("broken none given not whole: ")
     assert "a data set's own files in " in row_of(told, "winogrande")
+    assert " missing: testdev_balanced_questions.json" in row_of(told, "gqa")
+    assert " needs: testdev_balanced_questions.json" in row_of(listed(None), "gqa")
 
 
 def test_without_a_terminal_progress_is_a_line_at_the_start_the_end_and_now_and_then(

@@ -256,6 +256,20 @@ def test_a_name_that_is_none_is_told_before_the_models_before_it_are_asked(
     assert asked == []
 
 
+def test_a_slip_in_a_task_of_a_world_is_told_with_the_nearest_of_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = {"visual_tasks": {"colours": {"format": "qa", "chance": 0}}, "text_tasks": {}}
+    (tmp_path / "world.json").write_text(json.dumps(world))
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (Says("red"), tmp_path))
+    monkeypatch.setattr(evaluate_model, "_check_named", lambda *_: None)
+    request = evaluate_model.EvaluateRequest(
+        models=("m",), tasks=("colour",), out=tmp_path / "out", evaluation={}
+    )
+    with pytest.raises(FileNotFoundError, match=r"'visual_tasks' \(did you mean colours\?\)"):
+        evaluate_model.evaluate_all(request, Channel(None))
+
+
 def test_names_are_as_long_as_it_takes_to_tell_them_apart() -> None:
     names = ["s/1/milestones/80", "s/2/milestones/80", "model", "A/model", "org/model-b/"]
     here = Path.cwd().name

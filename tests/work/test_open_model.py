@@ -55,6 +55,11 @@ def test_only_finished_evaluations_of_this_very_model_count(store: Ledger) -> No
 def test_what_is_no_model_is_refused_by_name(store: Ledger, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no stage of a store"):
         find_model(tmp_path)
+    (tmp_path / "import.json").write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=r"is an imported folder, .* own_model\.fine_tuning"
+    ):
+        find_model(tmp_path)
     with pytest.raises(ValueError, match="holds no language model"):
         find_model(store.folder(tiny.WORLD))
     with pytest.raises(ValueError, match="kept no weights at 33 %; it has 20 %, 40 %"):

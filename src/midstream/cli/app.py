@@ -40,11 +40,26 @@ DEMO_STUDY = "pocket.when_images_arrive"
 _HOME = re.compile(r"""(?:(?<=[=,\["'])|\A)~(?=/|\Z)""")
 
 
+# Options that say something of another one alone.
+GO_WITH = {
+    ("chat", "--port"): "--web",
+    ("eval", "--wrong"): "--show",
+    ("run", "--max-seeds"): "--decide",
+    ("show-data", "--rows"): "--stats",
+    ("status", "--every"): "--watch",
+}
+
+
 class Commands(TyperGroup):
     """The commands; ~/ is the home folder wherever it begins a name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """The arguments as the commands see them."""
+        """The arguments as the commands see them; an option without the one that it goes with
+        ends the command."""
+        given = {text.partition("=")[0] for text in args}
+        for (command, option), other in GO_WITH.items():
+            if command in args[:1] and option in given and other not in given:
+                ctx.fail(f"{option} goes with {other}")
         home = os.path.expanduser("~")
         return super().parse_args(ctx, [_HOME.sub(lambda _: home, text) for text in args])
 

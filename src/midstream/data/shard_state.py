@@ -391,7 +391,7 @@ def _write(path: Path, shards: Sequence[Path], stopped: Sequence[Reject]) -> Non
 READ: dict[Section, tuple[str, ...]] = {
     "text": tuple(f"*{end}" for ends in TEXT_SUFFIXES.values() for end in ends),
     "captions": tuple(name for names in read_captions.NAMES.values() for name in names),
-    "conversations": tuple(f"*{end}" for end in conversations.SUFFIXES),
+    "conversations": conversations.NAMES,
     "documents": (*(f"*{end}" for end in read_documents.SUFFIXES), "*.jsonl.zip"),
 }
 # Pictures of others than texts are read by the records that name them.

@@ -55,6 +55,16 @@ from midstream.data.sources import Kind, content_hash
 # Records go through the tokenizer together up to these limits, which bound a process's memory.
 BATCH_RECORDS, BATCH_CHARACTERS, BATCH_PICTURE_BYTES = 1000, 2_000_000, 32_000_000
 
+# Options that some kinds of sources have.
+ONLY_OF: dict[str, tuple[Section, ...]] = {
+    "text_key": ("text", "captions"),
+    "require": ("captions",),
+    "images": ("captions", "conversations", "documents"),
+    "max_tokens": ("captions", "conversations", "documents"),
+    "lost": ("documents",),
+    "similarity": ("documents",),
+    "rating": ("conversations",),
+}
 # Why a picture is lost whose file was looked for.
 LOOKED_FOR = ("missing picture", "zero-byte picture", "picture too large")
 
@@ -77,6 +87,10 @@ def units_of(section: Section, sources: Sequence[str], options: ReadOptions) -> 
         _refuse_prepared(folder)
     if options.split and section != "captions":
         raise ValueError(f"{section} say no split of their records; name the files of the split")
+    for option, sections in ONLY_OF.items():
+        if section not in sections and getattr(options, option) != getattr(ReadOptions, option):
+            name = f"--{option.replace('_', '-')}"
+            raise ValueError(f"{name} is of {' and '.join(sections)}; for {section} leave it out")
     match section:
         case "captions":
             units = caption_units(sources, options)

@@ -212,14 +212,14 @@ def _open_model(name: str, request: EvaluateRequest) -> tuple[Answerer, Path]:
 
 def _asked(request: EvaluateRequest, data: Path) -> Evaluation:
     """The named tasks by kind, or all that the data holds."""
-    names = list(request.tasks)
+    names, seen = list(request.tasks), [*VISUAL_FORMATS]
     if (data / "world.json").is_file():
         visual, text = (listed_tasks(data, kind) for kind in ("visual_tasks", "text_tasks"))
         # Questions that shots are drawn from are asked where they are named.
         pools = set(map(pool_of, visual))
         own = [name for name in visual if name not in pools]
         names = names or [*own, *text, *hub_folders(data)]
-        chosen = [name for name in names if name in visual]
+        chosen, seen = [name for name in names if name in visual], [*seen, *visual]
     else:
         here = [name for name in VISUAL_FORMATS if find_place(data, name) is not None]
         local = [name for name in HARNESS_TASKS if published_files(data, name)]
@@ -231,7 +231,7 @@ def _asked(request: EvaluateRequest, data: Path) -> Evaluation:
     known = set(VISUAL_FORMATS) | set(text) | set(HARNESS_TASKS)
     unknown = [name for name in names if name not in chosen and name not in known]
     # The harness knows many more than stand here; a slip of the pen it would not find.
-    near = partial(difflib.get_close_matches, possibilities=VISUAL_FORMATS, n=1)
+    near = partial(difflib.get_close_matches, possibilities=seen, n=1)
     chosen += [name for name in unknown if near(name.lower())]
     rest = [name for name in names if name not in chosen]
     return Evaluation.model_validate(

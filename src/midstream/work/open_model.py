@@ -18,6 +18,7 @@ from midstream.data.sources import Source
 from midstream.model.vision import VisionEncoder, build_encoder, load_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import load_weights
+from midstream.study.imported import RECORD
 from midstream.study.label import label
 from midstream.study.stages import (
     Continue,
@@ -143,6 +144,12 @@ def find_model(path: Path) -> tuple[Ledger, WithModel, float]:
     """The store, the stage and the share of its tokens that a folder stands for."""
     path = path.resolve()
     folder = path.parent.parent if path.parent.name == "milestones" else path
+    if (path / RECORD).is_file():
+        raise FileNotFoundError(
+            f"{path} is an imported folder, and no stage of a store; give the folder of a stage "
+            "that loads it or was trained from it, which a run of own_model.fine_tuning or "
+            "own_model.image_shares makes"
+        )
     if not (folder / "stage.json").is_file():
         raise FileNotFoundError(
             f"{path} is no stage of a store; give a folder such as runs/finetune-0123456789abcdef, "

@@ -61,6 +61,8 @@ class ScoreRequest(Request):
 def list_tasks(request: ListTasksRequest, channel: Channel) -> None:
     """Every task that is known: what is on disk, what is missing, and who published it."""
     data, console = request.data, out()
+    # Without a folder nothing was looked for.
+    lacking = "needs" if data is None else "missing"
     table = Table(box=None, pad_edge=False)
     for title in ("task", "chance", "on disk", "published by", "licence"):
         table.add_column(title, overflow="fold")
@@ -68,13 +70,13 @@ def list_tasks(request: ListTasksRequest, channel: Channel) -> None:
         _list_own(data, table)
     for name, row in VISUAL_FORMATS.items():
         place = None if data is None else find_place(data, name)
-        there = "-" if data is None else f"missing: {', '.join(row.files)}"
+        there = f"{lacking}: {', '.join(row.files)}"
         there = there if place is None else _visual_files(place, name)
         table.add_row(name, _percent(row.chance), there, row.published, row.licence)
     for name, task in HARNESS_TASKS.items():
         found = () if data is None else published_files(data, name)
         files = " or ".join(" and ".join(paths) for paths in TEXT_FILES[name])
-        there = f"yes, in {found[0].parent}" if found else f"missing: {files}"
+        there = f"yes, in {found[0].parent}" if found else f"{lacking}: {files}"
         table.add_row(name, _percent(TEXT_CHANCE[name][0]), there, task.published, task.licence)
     console.print(table)
     for suite, members in SUITES.items():

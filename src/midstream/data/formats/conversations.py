@@ -46,6 +46,8 @@ from midstream.data.source_writer import Reject
 
 LLAVA = "llava.json"
 SUFFIXES = (".json", ".jsonl", *TABLES)
+# What is read of a folder, in words.
+NAMES = (*(f"*{end}" for end in SUFFIXES), f"or {LLAVA} alone where the folder has it")
 _ID_CHARACTERS = 80
 # Rows of a table that are looked at for pictures in other columns.
 _NUM_LOOKED_AT = 32

@@ -197,7 +197,8 @@ def _caption_files(source: str, options: ReadOptions) -> list[str]:
         if lists := [file for file in files if _is_list(file)]:
             _refuse_lists_of_the_same(lists, options)
             return lists
-        raise ValueError(f"{source} holds no captions; {_known()}")
+        own = f"; if one of {name_some(files, 5)} has them, name it" if files else ""
+        raise ValueError(f"{source} holds no captions{own}; {_known()}")
     if len(kinds) > 1:
         named = ", ".join(found[kind][0] for kind in kinds)
         raise ValueError(f"{source} holds captions in several formats ({named}); name the files")
@@ -285,10 +286,13 @@ def _lone_format(path: str) -> str:
 
 
 def _is_list(path: str) -> bool:
+    """Whether what a file of any name holds says that it is a list of pictures."""
     try:
-        return _lone_format(path) in ("list", "imagefolder", "karpathy")
+        form = _lone_format(path)
+        shows = form == "csv" and picture_key(columns_of_csv(path)) is not None
     except ValueError:
         return False
+    return shows or form in ("list", "imagefolder", "karpathy")
 
 
 def _cut(path: str, form: str, options: ReadOptions) -> list[Unit]:
