@@ -188,12 +188,19 @@ def test_a_report_goes_elsewhere_from_a_store_that_may_only_be_read(
 ) -> None:
     store.save_study(study)
     out = tmp_path / "mine"
+    # What an earlier report had of other stages goes, what is somebody's stays.
+    for name in ("curves_pretrain-0123.svg", "benchmarks_gone.pdf", "notes.csv"):
+        (out / "when").mkdir(parents=True, exist_ok=True)
+        (out / "when" / name).touch()
     asked = ["report", "when", "--store", str(store.store), "--out", str(out)]
     with only_read(store.store):
         result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
     assert f"report: {out / 'when' / 'index.html'}" in result.stdout
     assert (out / "when" / "results.csv").is_file()
+    there = {path.name for path in (out / "when").iterdir()}
+    assert not {"curves_pretrain-0123.svg", "benchmarks_gone.pdf"} & there
+    assert {"notes.csv", "rates.svg"} <= there
 
 
 def test_a_store_that_takes_no_report_is_refused_with_the_way_out(

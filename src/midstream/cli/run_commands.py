@@ -257,7 +257,10 @@ def slurm_settings(
     stages = _tables(values.pop("stages", {}))
     for name, value in read_settings("--slurm-set", settings).items():
         kind, dot, own = name.partition(".")
-        if dot and kind in get_args(StageKind):
+        if dot and kind not in get_args(StageKind):
+            kinds = ", ".join(get_args(StageKind))
+            raise ValueError(f"--slurm-set {name}: no stage is of kind {kind!r}; kinds are {kinds}")
+        if dot:
             stages.setdefault(kind, {})[own] = value
         elif name == "stages":
             stages |= _tables(value)

@@ -18,6 +18,7 @@ from midstream.core.tokens import counted, duration, quantity
 from midstream.cost.graph import PlanRow, plan
 from midstream.report.curves import curve_figure, curves, rates_figure, stretch
 from midstream.report.figures import (
+    FILES,
     Panel,
     Task,
     grid_figure,
@@ -107,6 +108,16 @@ def _environment() -> Environment:
 COMMON = {"vision": "vqav2", "text": "arc_easy"}
 # Pictures of single stages on a page; a study of hundreds has as many more.
 MAX_CURVES = 12
+# What a report may have written that the next one does not.
+EARLIER = (
+    "curves_*.svg",
+    *(f"{name}.{end}" for name in ("pairs", "table", "seen", "ladder") for end in ("csv", "tex")),
+    *(
+        f"{name}.{end}"
+        for name in ("stable_*", "common_*", "benchmarks_*", "ladder", "rates", "rates_stretched")
+        for end in FILES
+    ),
+)
 
 
 def write_facts(
@@ -116,10 +127,13 @@ def write_facts(
 
     What is not there yet is shown as missing. `suite` is the suite whose index the page links;
     at most `max_curves` training stages have their loss drawn. All of it goes to `<out>/<study>/`,
-    `out` being `<store>/reports` without it.
+    `out` being `<store>/reports` without it; what an earlier report alone had there is removed.
     """
     study, ledger = facts.study, facts.ledger
     folder = (out or ledger.store / "reports") / study.name
+    for pattern in EARLIER:
+        for path in folder.glob(pattern):
+            path.unlink()
     write_csv([row.flat() for row in facts.rows], folder / "results.csv")
     write_exports(exports(facts), folder)
     write_bytes(folder / "findings.md", findings_text(facts).encode())

@@ -176,7 +176,7 @@ def pilot_of(study: Study, most: int) -> tuple[int, ...]:
     if len(seeds) < len(study.lines) or len(pilot) < 2:
         raise ValueError(
             f"{study.name} has {counted(len(pilot), 'seed')}, and two at least estimate a spread; "
-            "give --set seeds=7,365,124"
+            "give --set seeds=7,365,124; lines say theirs on an axis seed"
         )
     if study.figure.x == SEED or study.levels:
         raise ValueError(f"{study.name} compares its draws themselves; more seeds decide nothing")
