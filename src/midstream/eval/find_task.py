@@ -426,7 +426,7 @@ def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:
             hint = "; it is a text task, which models alone are asked (midstream eval)"
         raise ValueError(
             f"no visual benchmark is called {name!r}{hint}; there are {', '.join(VISUAL_FORMATS)}; "
-            "another one's, in format qa, stand in the world.json of its folder (docs/evaluation.md)"
+            "another one's questions in format qa are listed in world.json (docs/evaluation.md)"
         )
     return name, VISUAL_FORMATS[name].chance, visual_folder(world, name)
 
