@@ -22,7 +22,7 @@ from midstream.config import (
     Share,
     TokenizerFile,
 )
-from midstream.core.storage import write_json
+from midstream.core.storage import read_json, write_json
 from midstream.data.rows import plan_rows
 from midstream.launch import check_data
 from midstream.launch.check_data import Problem, data_problems, merged, refused
@@ -33,6 +33,8 @@ from midstream.work.open_model import open_sources
 from own_studies import DECODER, PATCHES, ROWS, mixed, seen, text_run, told, trained
 
 pytestmark = pytest.mark.usefixtures("no_process")
+# What the index of every prepared source says.
+MADE = {"fingerprint": "1" * 16, "tokenizer": {"vocab_size": 9}}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,27 @@ def test_a_budget_of_a_source_that_was_prepared_before_is_known_without_a_run(
     assert "the plan needs 1,000,000" in problem.what
 
 
+def test_a_prepared_source_of_another_kind_or_tokenizer_is_told_when_it_is_planned(
+    world: Path, prepared: Ledger, tmp_path: Path, empty: Ledger
+) -> None:
+    mine, made = tmp_path / "mine", own_world.data_of(world).source("pictures")
+    shutil.copytree(world, mine)
+    for place in ("text/web", "captions/pictures"):
+        shutil.rmtree(mine / place)
+        shutil.copytree(prepared.folder(made) / "source", mine / place)
+    (problem,) = data_problems([own_world.data_of(mine).source("web")], empty)
+    assert f"{mine / 'text/web'} is prepared as caption and lies among the sources of text" in (
+        problem.what
+    )
+    assert [*data_problems([own_world.data_of(mine).source("pictures")], empty)] == []
+    index = read_json(mine / "captions/pictures/source.json")
+    index["tokenizer"]["vocab_size"] += 1
+    write_json(mine / "captions/pictures/source.json", index)
+    (problem,) = data_problems([own_world.data_of(mine).source("pictures")], empty)
+    assert "captions/pictures is prepared with a tokenizer of " in problem.what
+    assert f"{mine / 'captions/pictures/tokenizer.json'}" in problem.remedy
+
+
 def test_what_a_recipe_expects_makes_a_budget_doubtful_and_no_more(
     tmp_path: Path, empty: Ledger
 ) -> None:
@@ -280,7 +303,7 @@ def test_a_caption_that_a_source_lacks_is_refused_by_name(
     mine = tmp_path / "mine"
     shutil.copytree(world, mine)
     counts = {"examples": 5, "tokens": 50, "images": 5}
-    index = {"kind": "caption", "fingerprint": "1" * 16, "train": counts, "longest": {}}
+    index = {"kind": "caption", **MADE, "train": counts, "longest": {}}
     kinds = {} if held is None else {"captions": held}
     write_json(mine / "captions/pictures/source.json", index | kinds)
     share = Share.model_validate({"source": "pictures", "share": 1.0, "caption": caption})
@@ -304,7 +327,7 @@ def test_a_budget_counts_the_captions_that_it_asks_for(
     shutil.copytree(world, mine)
     counts = {"examples": 5, "tokens": 50, "images": 5}
     seen_as = {"synthetic": {"num_tokens": 400, "longest": {"image": 70}}}
-    index = {"kind": "caption", "fingerprint": "1" * 16, "train": counts, "longest": {"image": 11}}
+    index = {"kind": "caption", **MADE, "train": counts, "longest": {"image": 11}}
     index |= {"captions": {"original": 5, "synthetic": 5}, "seen": seen_as}
     write_json(mine / "captions/pictures/source.json", index)
     data = own_world.data_of(mine)
@@ -326,7 +349,7 @@ def test_a_picture_needs_room_for_what_begins_its_example(
     mine = tmp_path / "mine"
     shutil.copytree(world, mine)
     counts = {"examples": 5, "tokens": 50, "images": 5}
-    index = {"fingerprint": "1" * 16, "train": counts, "longest": {"image": 11}}
+    index = {**MADE, "train": counts, "longest": {"image": 11}}
     rows = Rows(row_length=PATCHES.num_patches + 1, batch_rows=2, overflow="cut")
     for kind, begin, is_refused in (
         ("caption", "<s>", True),

@@ -24,7 +24,7 @@ from midstream.config import (
     check_pool,
     num_ids,
 )
-from midstream.core.identity import file_sha256
+from midstream.core.identity import SECTIONS, file_sha256
 from midstream.core.storage import read_json
 from midstream.core.tokens import num_shown
 from midstream.cost.known import prepared_index
@@ -130,7 +130,9 @@ def data_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
     for stage in stages:
         found: Iterable[Problem] = ()
         match stage:
-            case PrepareSource() | PrepareWorld():
+            case PrepareSource():
+                found = (*_folder(stage), *_prepared(stage))
+            case PrepareWorld():
                 found = _folder(stage)
             case PrepareTokenizer():
                 found = _tokenizer(stage)
@@ -187,6 +189,29 @@ def _folder(stage: PrepareSource | PrepareWorld) -> Iterator[Problem]:
     if isinstance(world, PocketWorld) or world.fingerprint is None or world.root.is_dir():
         return
     yield Problem(f"data folder {world.root} does not exist", "give the folder that holds it")
+
+
+def _prepared(stage: PrepareSource) -> Iterator[Problem]:
+    """What `data/prepare.py` refuses of a prepared source, as far as its index tells."""
+    if (path := prepared_index(stage)) is None:
+        return
+    folder, index = path.parent, read_json(path)
+    if index["kind"] != (kind := SECTIONS[folder.parent.name]):
+        what = f"{folder} is prepared as {index['kind']} and lies among the sources of {kind}"
+        yield Problem(what, "move it to their folder")
+    have, tokenizer = index["tokenizer"]["vocab_size"], stage.tokenizer.tokenizer
+    if isinstance(tokenizer, TrainedTokenizer):
+        told, differs = f"trained to {tokenizer.vocab_size:,} ids", have > tokenizer.vocab_size
+    elif tokenizer.sha256.startswith(PLANNED) or not tokenizer.path.is_file():
+        return
+    else:
+        told = f"{tokenizer.path} with {(size := num_ids(tokenizer.path)):,} ids"
+        differs = have != size
+    if differs:
+        yield Problem(
+            f"{folder} is prepared with a tokenizer of {have:,} ids, the study's is {told}",
+            f"prepare it with that one, or plan with the file {folder / 'tokenizer.json'}",
+        )
 
 
 def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
