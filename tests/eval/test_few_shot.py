@@ -12,7 +12,7 @@ from midstream.config import Evaluation
 from midstream.config.training import FewShot
 from midstream.eval.benchmark import evaluate
 from midstream.eval.benchmark_records import Shot, Shown
-from midstream.eval.few_shot import read_shots, up_to_stop
+from midstream.eval.few_shot import read_pool, read_shots, up_to_stop
 from midstream.eval.find_task import VisualTask, read_visual_task
 
 BRIEFLY = "\nAnswer the question using a single word or phrase."
@@ -151,6 +151,10 @@ def test_a_benchmark_without_a_training_split_is_named(data: Path) -> None:
     (data / "vqav2_train").rename(data / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"shots for vqav2: .*vqav2_train does not"):
         row_of(data, Fake(), few_shot={"num_shots": 4})
+    world = {"visual_tasks": {"vqav2": {"format": "vqav2", "chance": 0}}, "text_tasks": {}}
+    (data / "world.json").write_text(json.dumps(world))
+    with pytest.raises(FileNotFoundError, match=r"shots for vqav2: .* lists no task 'vqav2_train'"):
+        read_pool(data, "vqav2")
 
 
 def test_no_shots_are_read_where_none_are_asked_for(data: Path) -> None:

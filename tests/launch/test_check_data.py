@@ -162,6 +162,21 @@ def test_a_budget_of_a_source_that_was_prepared_before_is_known_without_a_run(
     assert "the plan needs 1,000,000" in problem.what
 
 
+def test_a_source_without_a_file_that_is_read_is_told_when_it_is_planned(
+    world: Path, tmp_path: Path, empty: Ledger
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(world, mine)
+    shutil.rmtree(mine / "text/web")
+    (mine / "text/web").mkdir()
+    for name in ("README.md", "a.csv", ".hidden.jsonl"):
+        (mine / "text/web" / name).touch()
+    (problem,) = data_problems([own_world.data_of(mine).source("web")], empty)
+    assert f"{mine / 'text/web'} holds no file that a source of text is read from" in problem.what
+    (mine / "text/web/a.jsonl").touch()
+    assert [*data_problems([own_world.data_of(mine).source("web")], empty)] == []
+
+
 def test_a_prepared_source_of_another_kind_or_tokenizer_is_told_when_it_is_planned(
     world: Path, prepared: Ledger, tmp_path: Path, empty: Ledger
 ) -> None:

@@ -164,6 +164,7 @@ def test_what_cannot_be_asked_is_said_in_one_line(
     assert "did you mean vqav2?" in wrong
     assert "name a model" in command("eval", ok=2)
     assert "holds no predictions" in command("eval", tmp_path, "--show", "1", ok=2)
+    assert "name folders of results" in command("eval", "--show", "1", ok=2)
     for folder in (tmp_path, tmp_path / "no"):
         strange = command("eval", folder, "--data", tmp_path, ok=2)
         assert strange.startswith(f"error: {folder} does not exist or holds no config.json")

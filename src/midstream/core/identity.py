@@ -292,6 +292,11 @@ def source_digest(root: Path, name: str, folder: Path) -> str:
     return digest([listing] if column is None else [listing, {"column": column}])
 
 
+def holds_data(folder: Path) -> bool:
+    """Whether a source's folder is prepared, or has a file that counts."""
+    return (folder / PREPARED).is_file() or any(_is_data(path, folder) for path in walk(folder))
+
+
 def refuse_unfinished(folder: Path) -> None:
     """Raises ValueError for a folder that `midstream prepare` has begun to fill, and not finished.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from midstream.config import Evaluation
 from midstream.config.training import pool_of
+from midstream.core.identity import listed_tasks
 from midstream.data.examples import IMAGE_MARK
 from midstream.eval.benchmark_records import Shot, VisualExample, plain_words
 from midstream.eval.continuous import target
@@ -41,6 +42,11 @@ def read_pool(world: Path, name: str) -> Sequence[VisualExample]:
     """
     pool = pool_of(name)
     if (world / "world.json").is_file():
+        if pool not in listed_tasks(world, "visual_tasks"):
+            raise FileNotFoundError(
+                f"shots for {name}: {world / 'world.json'} lists no task {pool!r} of its training "
+                "questions under 'visual_tasks'; add it, or ask without shots"
+            )
         return read_visual_task(world, pool, shuffled=False).examples
     places = (world / "bench" / pool, world / pool)
     folder = next((path for path in places if path.is_dir()), None)

@@ -24,7 +24,7 @@ from midstream.config import (
     check_pool,
     num_ids,
 )
-from midstream.core.identity import SECTIONS, file_sha256
+from midstream.core.identity import SECTIONS, file_sha256, holds_data
 from midstream.core.storage import read_json
 from midstream.core.tokens import num_shown
 from midstream.cost.known import prepared_index
@@ -186,9 +186,18 @@ def _longest_of(longest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
 def _folder(stage: PrepareSource | PrepareWorld) -> Iterator[Problem]:
     """A folder that was there when the study was planned."""
     world = stage.world
-    if isinstance(world, PocketWorld) or world.fingerprint is None or world.root.is_dir():
+    if isinstance(world, PocketWorld) or world.fingerprint is None:
         return
-    yield Problem(f"data folder {world.root} does not exist", "give the folder that holds it")
+    if not world.root.is_dir():
+        yield Problem(f"data folder {world.root} does not exist", "give the folder that holds it")
+    elif isinstance(stage, PrepareSource) and isinstance(world, PublicFolder):
+        for section, kind in SECTIONS.items():
+            folder = world.root / section / stage.source
+            if folder.is_dir() and not holds_data(folder):
+                what = f"{folder} holds no file that a source of {kind} is read from"
+                yield Problem(
+                    what, "put files of its formats there (docs/data.md), or leave it out"
+                )
 
 
 def _prepared(stage: PrepareSource) -> Iterator[Problem]:

@@ -228,6 +228,8 @@ def score_file(request: ScoreRequest, channel: Channel) -> None:
 def show_examples(request: ShowRequest, channel: Channel) -> None:
     """Examples of each task of a folder of results."""
     console = out()
+    if not request.folders:
+        raise ValueError("name folders of results, as midstream eval prints them, to show")
     for folder in request.folders:
         for path in _predictions(folder, request.tasks):
             rows = pq.read_table(path).to_pylist()
