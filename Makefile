@@ -20,7 +20,7 @@ MAKEFLAGS += --jobs=2
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-# torch first: the CPU build everywhere, before any other package can ask for another one.
+# torch first, before any other package can ask for another one; a build for CPUs is enough.
 # pip would compile one file after the other; a few of others' files are no Python 3.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -22,8 +22,8 @@ def import_model(
         str,
         typer.Argument(
             metavar="SRC",
-            help="An OpenLM epoch_N.pt, a Hugging Face folder or a hub name: a language model or a "
-            "vision tower.",
+            help="An OpenLM epoch_N.pt, a Hugging Face folder or a hub name: a language model, a vision "
+            "tower, a whole model, an adapter.",
         ),
     ],
     out: Out,
@@ -208,7 +208,9 @@ def score(
     task: Annotated[str, typer.Argument(metavar="TASK", help="A visual benchmark.")],
     predictions: Annotated[
         Path,
-        typer.Option(help="JSON lines, a JSON list or object, or a table (.tsv, .csv, .xlsx)."),
+        typer.Option(
+            help="JSON lines, a list or object, or a table (.tsv, .csv, .parquet, .xlsx)."
+        ),
     ],
     data: Annotated[Path, typer.Option(help="The folder of the official annotations.")],
     split: Annotated[
