@@ -22,8 +22,8 @@ def import_model(
         str,
         typer.Argument(
             metavar="SRC",
-            help="An OpenLM epoch_N.pt, a Hugging Face folder or a hub name: a language model, a vision "
-            "tower, a whole model, an adapter.",
+            help="An OpenLM epoch_N.pt, a Hugging Face folder or a hub name: a language model, a "
+            "vision tower, a whole model, an adapter.",
         ),
     ],
     out: Out,
