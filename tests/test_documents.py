@@ -49,7 +49,7 @@ from midstream.cli.catalogue import catalogue, find_study, read_settings, with_s
 from midstream.config import Machine, SlurmSettings
 from midstream.core.storage import read_json, write_json
 from midstream.cost.graph import plan
-from midstream.study import stages, studies
+from midstream.study import results, stages, studies
 from midstream.study.store import Ledger
 from midstream.worlds.pocket_world import write_pocket_world
 
@@ -352,6 +352,14 @@ def test_a_table_of_options_names_their_defaults(page: str, model: type[BaseMode
                 said = is_value[1] or is_value[2]
                 assert said in (str(have), f"{have:g}" if isinstance(have, float) else said), name
                 assert is_value[1] or float(said) == have, f"{page}: {name} is {have}, not {said}"
+
+
+def test_the_page_of_the_store_names_every_key_of_results() -> None:
+    text = read("docs/store.md")
+    models = [one for one in vars(results).values() if isinstance(one, type)]
+    keys = {key for one in models if issubclass(one, BaseModel) for key in one.model_fields}
+    assert len(keys) > 80
+    assert not [key for key in sorted(keys) if not re.search(rf"\b{key}\b", text)]
 
 
 def test_every_format_of_data_names_a_test_that_there_is() -> None:
