@@ -156,13 +156,21 @@ def test_a_store_of_an_earlier_version_is_named_in_one_sentence(
     assert "mine.json is of another version of Midstream" in found.stderr
 
 
-def test_a_plan_says_what_image_text_training_is_beside_fine_tuning(tmp_path: Path) -> None:
+def test_a_plan_says_what_image_text_training_is_beside_fine_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = ("--set", "completions=[0.8]", "--set", "seeds=[1]", "--store", str(tmp_path))
     once = planned("paper.figure_4", "--set", "epochs=[1]", *settings).stdout
     assert "image-text to fine-tuning: 21 to 1 in tokens (the paper's 11 to 1)" in once
     assert "5.2 to 1 in pictures (1.5 to 1)" in once
     both = planned("paper.figure_4", "--set", "epochs=[1,4]", *settings).stdout
     assert "image-text to fine-tuning: between 5.1 and 21 to 1 in tokens" in both
+    # Where a stage's sources are not known nothing is, least of all that it shows no picture.
+    monkeypatch.setattr(
+        "midstream.cost.cost.images_seen",
+        lambda stage, *_: None if stage.kind == "continue" else 9,
+    )
+    assert "image-text to fine-tuning" not in planned("paper.figure_4", *settings).stdout
 
 
 def test_home_is_meant_also_where_the_shell_leaves_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import pkgutil
 import sys
 import traceback
@@ -132,7 +133,7 @@ def _asked(ledger: Ledger) -> dict[str, str]:
 
 def _asked_as(name: str) -> str:
     """A recipe's name; that of a file is the same from every folder."""
-    return str(Path(name).absolute()) if ".py" in name else name
+    return os.path.abspath(name) if ".py" in name else name
 
 
 def _last_first(ledger: Ledger) -> list[str]:

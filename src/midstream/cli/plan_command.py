@@ -312,7 +312,7 @@ def _proportions(plan: "Plan", ledger: "Ledger") -> list[str]:
     for row in plan.rows:
         if isinstance(row.stage, Finetune) and isinstance(row.stage.start, Continue):
             before, name = row.stage.start.name, row.stage.name
-            if held[before] and held[name] and shown[name]:
+            if held[before] and held[name] and shown[name] and shown[before] is not None:
                 tokens.append((held[before] or 0) / (held[name] or 1))
                 pictures.append((shown[before] or 0) / (shown[name] or 1))
     if not tokens:
