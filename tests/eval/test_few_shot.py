@@ -127,7 +127,7 @@ def test_a_training_question_that_is_asked_or_shows_what_is_asked_about_is_left_
 def test_shots_are_asked_as_earlier_turns_and_answers_end_at_stop_words(data: Path) -> None:
     fake = Fake(lambda *_: "one\nIn: What next?")
     row = row_of(data, fake, few_shot={"num_shots": 4, "draw": "once"})
-    assert (row["score"], row["shortened"]) == (1.0, "behind 4 shots")
+    assert (row["score"], row["shortened"]) == (1.0, "4 of 214,354 examples, behind 4 shots")
     assert row["details"]["few_shot.shots"] == 4
     for prompt, shown, *_ in fake.asked:
         assert isinstance(shown, Shown)
@@ -139,9 +139,9 @@ def test_shots_are_asked_as_earlier_turns_and_answers_end_at_stop_words(data: Pa
     assert all(isinstance(one[1], Shown) and one[1].document for one in page.asked)
     drawn = row_of(data, Fake(lambda *_: "one"), few_shot={"num_shots": 4})
     assert paged["key"] != drawn["key"]
-    # Without shots nothing is cut, nothing is read of the pool, and the key is another one.
+    # Without shots nothing is read of the pool, and the key is another one.
     plain = row_of(data, Fake(lambda *_: "one\nIn: What next?"))
-    assert (plain["score"], plain["shortened"]) == (0.0, None)
+    assert (plain["score"], plain["shortened"]) == (0.0, "4 of 214,354 examples")
     assert plain["key"] != row["key"]
     assert [key for key in plain["details"] if "shot" in key] == []
     assert up_to_stop("red") == "red"

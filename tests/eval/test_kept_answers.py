@@ -1,5 +1,6 @@
 """Answers that were kept are not asked again, whoever kept them and however many ranks ask now."""
 
+import errno
 import json
 import math
 import threading
@@ -225,3 +226,13 @@ def test_progress_tells_counts_and_shares_that_agree_and_ends_at_all() -> None:
         done = round(30 * fraction)
         assert text == f"{done} of 30 ({100 * done // 30} %)"
     assert [fraction for fraction, _ in told[-2:]] == [1.0, 1.0]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    answers = kept(counting(), tmp_path, at_once=4)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"no room to write .*0\.jsonl .*run the same command again"):
+        everything(answers)

@@ -247,3 +247,13 @@ def test_an_object_of_records_by_id_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({"1000": record}))
     (one,) = read_predictions(path)
     assert (one.name, one.answer, one.question) == ("1000", "red", "Is it?")
+
+
+@pytest.mark.parametrize("spelt", ["['two dogs']", '["two dogs"]', "[ 'two dogs ']"])
+def test_lists_of_one_text_that_a_table_spells_are_that_text_where_all_are(
+    tmp_path: Path, spelt: str
+) -> None:
+    rows: list[dict[str, Any]] = [{"id": 1, "answer": spelt}, {"id": 2, "answer": ""}]
+    assert [said for _, said in read(tmp_path / "a.jsonl", rows)] == ["two dogs", ""]
+    rows.append({"id": 3, "answer": "[0.1, 0.2, 0.3, 0.4]"})
+    assert next(said for _, said in read(tmp_path / "a.jsonl", rows)) == spelt

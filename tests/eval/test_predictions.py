@@ -103,6 +103,7 @@ def test_predictions_of_a_larger_set_can_be_cut_to_what_is_here(gqa: Path) -> No
     row = score(gqa, rows, ignore_unknown=True)
     assert row["score"] == pytest.approx(1 / 3)
     assert row["notes"] == ["2 predictions of no question here were left out"]
+    assert row["shortened"] == "3 of 12,578 examples"
 
 
 def test_a_prediction_goes_before_an_answer_that_is_the_gold_one(pope: Path) -> None:

@@ -125,3 +125,28 @@ def test_boxes_that_are_meant_otherwise_are_told(way: str) -> None:
     answers = [*(str(said(*gold)) for gold in golds), *["no box"] * 5]
     note = box_note(answers, [*examples, *examples[:1] * 5])
     assert note is None if not way else note is not None and way in note
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("<ref>2 men</ref><box>({0},{1}),({2},{3})</box>", "[x1, y1, x2, y2] in thousandths"),
+        ("a man<loc_{0}><loc_{1}><loc_{2}><loc_{3}>", "[x1, y1, x2, y2] in thousandths"),
+        ("<loc{1:04}><loc{0:04}><loc{3:04}><loc{2:04}> man", "[y1, x1, y2, x2] in 1,024ths"),
+        ('```json\n[{{"bbox_2d": [{0}, {1}, {2}, {3}]}}]\n```', "[x1, y1, x2, y2] in pixels"),
+        ("It is at [0.{0:02}, 0.{1:02}, 0.{2:02}, 0.{3:02}].", "the four numbers as they stand"),
+    ],
+)
+def test_the_way_of_boxes_that_cannot_be_read_is_told(written: str, told: str) -> None:
+    golds = [(0.1, 0.5, 0.3, 0.9), (0.6, 0.1, 0.9, 0.3)]
+    size = (320, 160)
+    sides = {"thousandths": (1000,) * 4, "1,024ths": (1024,) * 4, "pixels": size * 2}
+    side = next((own for end, own in sides.items() if told.endswith(end)), (100,) * 4)
+    examples = [VisualExample(str(gold), "?", Path("a.png"), gold, size=size) for gold in golds]
+    texts = [
+        written.format(*(round(share * own) for share, own in zip(gold, side, strict=True)))
+        for gold in golds
+    ]
+    note = box_note(texts, examples)
+    assert note is not None
+    assert f"the mean IoU is 0.00; read as {told}, the boxes would have" in note

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from midstream.config import Evaluation
 from midstream.core.digests import file_sha256
-from midstream.core.storage import read_json, write_bytes
+from midstream.core.storage import read_json, room_for, write_bytes
 from midstream.eval.few_shot import Shots
 from midstream.eval.find_task import VisualTask
 from midstream.eval.tasks import Answerer, Images, Limits, Lists, Reply, Texts
@@ -178,7 +178,7 @@ class KeptAnswers:
         if self._file is None or not answers:
             return
         lines = "".join(json.dumps(pair) + "\n" for pair in answers.items())
-        with self._file.open("a", encoding="utf-8") as stream:
+        with room_for(self._file), self._file.open("a", encoding="utf-8") as stream:
             stream.write(lines)
             stream.flush()
             os.fsync(stream.fileno())

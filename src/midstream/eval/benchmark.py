@@ -348,6 +348,8 @@ def _sure(scores: Sequence[float], splits: Sequence[str], value: float | None) -
 
 def _shortened(asked: int, num_all: int) -> str | None:
     """Why a task is not whole, None where it is."""
+    if asked > num_all:
+        return f"{asked:,} examples where {num_all:,} are published"
     return None if asked == num_all else f"{asked:,} of {num_all:,} examples"
 
 

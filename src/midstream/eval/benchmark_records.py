@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -150,14 +151,17 @@ def read_json_file(path: Path) -> Any:
 
 
 def find_file(folder: Path, *patterns: str) -> Path:
-    """The file of a folder that the first fitting pattern names.
+    """The file of a folder that the first fitting pattern names, else the file of the first
+    pattern's name in a folder below; no training file where no shots are drawn from it.
 
     Raises FileNotFoundError that lists what is there, ValueError where a pattern fits several.
     """
-    for pattern in patterns:
+    for pattern in (*patterns, f"*/{patterns[0]}"):
         found = sorted(p for p in folder.glob(pattern) if p.is_file() and not is_hidden(p.name))
+        if not is_pool(folder.name):
+            found = [path for path in found if "train" not in re.split(r"[\W_\d]+", path.stem)]
         if len(found) > 1:
-            names = ", ".join(path.name for path in found[:5])
+            names = ", ".join(str(path.relative_to(folder)) for path in found[:5])
             raise ValueError(f"{folder} holds several files like {pattern}: {names}; keep one")
         if found:
             return found[0]
@@ -212,6 +216,15 @@ def lines(path: Path, remedy: str = Record.remedy) -> Iterator[Record]:
             yield Record(f"{path} line {number}", json.loads(line), remedy)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON ({error.msg}); {remedy}") from None
+
+
+def gqa_kinds(record: Record) -> dict[str, str]:
+    """The kinds of a question of GQA, as the official evaluator parts them."""
+    types = record.get("types", dict) if "types" in record else {}
+    kinds = {name: str(types[name]) for name in ("structural", "semantic") if types.get(name)}
+    if "structural" in kinds:
+        kinds["form"] = "open" if kinds["structural"] == "query" else "binary"
+    return kinds
 
 
 def add(table: dict[str, Any], key: str, value: Any, record: Record) -> None:

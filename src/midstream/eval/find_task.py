@@ -25,6 +25,7 @@ from midstream.core.identity import (
     visual_folder,
 )
 from midstream.core.storage import read_json
+from midstream.cost.questions import published_size
 from midstream.eval.scoring import TEXT_CHANCE, to_square
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS, VisualExample, VisualFormat
 from midstream.eval.text import SHARES, TextTask, manager, own_task, read_text_task
@@ -111,11 +112,8 @@ def _entry(name: str, folder: Path) -> Any:
         known = [*VISUAL_FORMATS, *HARNESS_TASKS, *index]
         near = difflib.get_close_matches(name.lower(), known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        if (
-            name.endswith(".yaml")
-            or own_text_file(folder, name).is_file()
-            or hub_folder(folder, name)
-        ):
+        mine = own_text_file(folder, name).is_file() or hub_folder(folder, name)
+        if mine or name.endswith(".yaml"):
             hint = (
                 "; tasks of your own are text_tasks/<name>.jsonl (lines of query, choices and "
                 "gold) or bench/<name>/questions.jsonl, which the data's world.json lists "
@@ -259,7 +257,7 @@ Item = TypeVar("Item")
 @dataclass(frozen=True)
 class VisualTask:
     """A benchmark, read: its format, what guessing scores, the examples that are asked, of how
-    many."""
+    many (of official files as many as were published)."""
 
     name: str
     format: VisualFormat
@@ -293,7 +291,9 @@ def read_visual_task(
     chosen = chosen[: SLIM_EXAMPLES * num_splits] if slim else chosen
     if limit is not None and limit < num_splits:
         raise ValueError(f"limit {limit} cannot cover the {num_splits} splits of {name}; raise it")
-    return VisualTask(name, VISUAL_FORMATS[kind], chance, tuple(chosen), len(examples))
+    own = (world / "world.json").is_file()
+    num_all = len(examples) if own else published_size(name, len(examples))
+    return VisualTask(name, VISUAL_FORMATS[kind], chance, tuple(chosen), num_all)
 
 
 def _grouped(examples: list[VisualExample], path: Path) -> list[VisualExample]:

@@ -1,5 +1,6 @@
 """Files of other people's predictions, in the layouts that tools write them -> answers."""
 
+import ast
 import csv
 import io
 import json
@@ -85,7 +86,20 @@ def read_predictions(path: Path) -> list[Prediction]:
     if len(found) > 1 and len({one.question for one in found}) == 1:
         # One text for all of them is an instruction or a stand-in, and no question.
         found = [replace(one, question=None) for one in found]
+    said = {one.where: _unlisted(one.answer) for one in found if one.answer}
+    if None not in said.values():  # tables hold lists of one answer as texts
+        found = [replace(one, answer=said.get(one.where, one.answer)) for one in found]
     return found
+
+
+def _unlisted(text: str) -> str | None:
+    """The text in a list of one, as Python or JSON spell it; None of anything else."""
+    try:
+        value = ast.literal_eval(text) if text.startswith("[") else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    only = value[0] if isinstance(value, list) and len(value) == 1 else None
+    return cleaned(only) if isinstance(only, str) else None
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -106,6 +106,11 @@ def _unread(
     if unread:
         told = f"{unread[0].where} has {_short(unread[0].answer or '')}; {task.format.reads}"
         if len(unread) == len(pairs) > 1:
+            note = task.format.note
+            hint = (
+                note([one.answer or "" for one, _ in pairs], [e for _, e in pairs]) if note else ""
+            )
+            told += f"; {hint}" if hint else ""
             raise ValueError(f"{path}: none of its {len(pairs):,} answers can be read: {told}")
         notes.append(
             f"{len(unread):,} of {len(pairs):,} answers cannot be read and count as wrong: {told}"

@@ -5,14 +5,13 @@ of what the benchmark's scorer cannot read.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from midstream.eval.benchmark_records import VisualExample
 from midstream.eval.scoring import (
     LETTERS,
     box_iou,
-    four_numbers,
     mean,
     overlap,
     parse_box,
@@ -23,6 +22,12 @@ from midstream.eval.scoring import (
 
 # A mean IoU that is higher by so much tells how boxes are meant.
 _TELLING = 0.2
+_Box = tuple[float, float, float, float]
+# PaliGemma's <loc0123> and Florence's <loc_123>; what a box is of; numbers that are no part of a
+# name.
+_LOCATION = re.compile(r"<loc_?(\d+)>")
+_NAMED = re.compile(r"<ref>.*?</ref>|<\|object_ref_start\|>.*?<\|object_ref_end\|>", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
 
 _SAYS = r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*:?"
 _STARS = r"\*{0,2}\s*"
@@ -84,20 +89,48 @@ def read_box(text: str, example: VisualExample) -> tuple[float, float, float, fl
 
 def box_note(predictions: Sequence[str], examples: Sequence[VisualExample]) -> str | None:
     """How else boxes seem to be meant, where that lies much nearer to the right ones."""
-    found = [(four_numbers(text), e) for text, e in zip(predictions, examples, strict=True)]
-    boxes = [(box, e) for box, e in found if box is not None]
+    found = [(_four_within(text), text, e) for text, e in zip(predictions, examples, strict=True)]
+    boxes = [(box, text, e) for box, text, e in found if box is not None]
     ways = {
-        "[x, y, width, height]": [
-            box_iou((x, y, x + width, y + height), e.gold) for (x, y, width, height), e in boxes
-        ],
-        "[y1, x1, y2, x2]": [box_iou((b, a, d, c), e.gold) for (a, b, c, d), e in boxes],
-        "shares of the square that a picture is padded to (--box-frame square)": [
-            box_iou(box, to_square(e.gold, *e.size)) for box, e in boxes if e.size is not None
-        ],
+        name: mean([box_iou(way(box, e), e.gold) for box, _, e in boxes]) for name, way in _WAYS
     }
-    usual = mean([overlap(str(list(box)), e.gold) for box, e in boxes])
-    best = max(ways, key=lambda way: mean(ways[way]) or 0.0)
-    other = mean(ways[best]) or 0.0
+    ways[_SQUARE] = mean(
+        [box_iou(box, to_square(e.gold, *e.size)) for box, _, e in boxes if e.size is not None]
+    )
+    usual = mean([overlap(text, e.gold) for _, text, e in boxes])
+    best = max(ways, key=lambda way: ways[way] or 0.0)
+    other = ways[best] or 0.0
     if usual is None or other <= usual + _TELLING:
         return None
     return f"the mean IoU is {usual:.2f}; read as {best}, the boxes would have {other:.2f}"
+
+
+def _four_within(text: str) -> _Box | None:
+    """The four numbers of a text, in whatever marks they stand; None of more or fewer."""
+    bare = _NAMED.sub(" ", _LOCATION.sub(r" \1 ", text))
+    numbers = [float(number) for number in _NUMBER.findall(bare)]
+    return (numbers[0], numbers[1], numbers[2], numbers[3]) if len(numbers) == 4 else None
+
+
+def _by_size(box: _Box, example: VisualExample) -> _Box:
+    width, height = example.size or (1, 1)
+    return box[0] / width, box[1] / height, box[2] / width, box[3] / height
+
+
+def _over(side: float) -> Callable[[_Box, VisualExample], _Box]:
+    return lambda box, _: (box[0] / side, box[1] / side, box[2] / side, box[3] / side)
+
+
+_SQUARE = "shares of the square that a picture is padded to (--box-frame square)"
+_WAYS: tuple[tuple[str, Callable[[_Box, VisualExample], _Box]], ...] = (
+    ("the four numbers as they stand", _over(1)),
+    ("[x, y, width, height]", lambda b, _: (b[0], b[1], b[0] + b[2], b[1] + b[3])),
+    ("[y1, x1, y2, x2]", lambda b, _: (b[1], b[0], b[3], b[2])),
+    ("[x1, y1, x2, y2] in pixels", _by_size),
+    ("[x1, y1, x2, y2] in thousandths", _over(1000)),
+    ("[x1, y1, x2, y2] in hundredths", _over(100)),
+    (
+        "[y1, x1, y2, x2] in 1,024ths",
+        lambda b, _: (b[1] / 1024, b[0] / 1024, b[3] / 1024, b[2] / 1024),
+    ),
+)

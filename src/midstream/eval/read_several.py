@@ -67,7 +67,7 @@ def read_blink(folder: Path, look: Pictures) -> Asked:
     if not tables:
         missing(folder / "val-00000-of-00001.parquet")
     columns = ["idx", "question", "choices", "answer", "prompt", "image_1"]
-    for record in _rows(tables, columns, ("image_2", "image_3", "image_4", "sub_task")):
+    for record in rows(tables, columns, ("image_2", "image_3", "image_4", "sub_task")):
         options = record.texts("choices", least=2)
         shown = [record.value[f"image_{n}"] for n in range(1, 5) if f"image_{n}" in record]
         split = record.text("sub_task") if "sub_task" in record else Path(record.where).parent.name
@@ -85,7 +85,7 @@ def read_muirbench(folder: Path, look: Pictures) -> Asked:
     if not tables:
         missing(folder / "test-00000-of-00001.parquet")
     columns = ["idx", "question", "options", "answer", "image_list"]
-    for record in _rows(tables, columns, ("task", "image_relation", "image_type")):
+    for record in rows(tables, columns, ("task", "image_relation", "image_type")):
         options = record.texts("options", least=2)
         gold = _lettered(record, record.text("answer"), options)
         listed = [f"({letter}) {text}" for letter, text in zip(LETTERS, options, strict=False)]
@@ -102,7 +102,7 @@ def read_mantis_eval(folder: Path, look: Pictures) -> Asked:
     if not tables:
         missing(folder / "test-00000-of-00001.parquet")
     columns = ["id", "question_type", "question", "images", "options", "answer"]
-    for record in _rows(tables, columns, ("category",)):
+    for record in rows(tables, columns, ("category",)):
         kind = record.one_of("question_type", "multi-choice", "short-answer")
         text, answer = record.text("question"), record.text("answer")
         kinds = record.kinds("question_type", "category")
@@ -120,7 +120,7 @@ def read_mantis_eval(folder: Path, look: Pictures) -> Asked:
         yield record, _example(record, key, text, shown, look, gold, kinds=kinds)
 
 
-def _rows(tables: Sequence[Path], columns: list[str], further: Sequence[str]) -> Iterator[Record]:
+def rows(tables: Sequence[Path], columns: list[str], further: Sequence[str]) -> Iterator[Record]:
     """The rows of tables as records; `further` columns may be missing."""
     for table in tables:
         names = set(columns_of(str(table)).names)

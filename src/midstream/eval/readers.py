@@ -15,6 +15,7 @@ from midstream.eval.benchmark_records import (
     coco_names,
     entries,
     find_file,
+    gqa_kinds,
     lines,
     load_plain_pickle,
     marked,
@@ -81,7 +82,7 @@ def read_vqav2(folder: Path, look: Pictures) -> Asked:
     look.places = (subset, *look.places)
     annotations: dict[str, Any] = {}
     for record in records(answered, "annotations"):
-        answers = _ten([one.text("answer") for one in record.records("answers")], record)
+        answers = ten([one.text("answer") for one in record.records("answers")], record)
         found = answers, record.kinds("answer_type", "question_type")
         add(annotations, record.identifier("question_id"), found, record)
     asked = set()
@@ -107,24 +108,18 @@ def read_gqa(folder: Path, look: Pictures) -> Asked:
     patterns = (exact, "*balanced_questions.json", "*questions*.json")
     for key, record in entries(find_file(folder, *patterns)):
         image = look.find(record, f"{record.identifier('imageId')}.jpg")
-        types = record.get("types", dict) if "types" in record else {}
-        kinds = {name: str(types[name]) for name in ("structural", "semantic") if types.get(name)}
-        if "structural" in kinds:
-            # As the official evaluator parts them.
-            kinds["form"] = "open" if kinds["structural"] == "query" else "binary"
         answer, question = record.text("answer"), record.text("question")
-        yield record, VisualExample(key, question, image, answer, kinds=kinds)
+        yield record, VisualExample(key, question, image, answer, kinds=gqa_kinds(record))
 
 
 @reader("train_images")
 def read_textvqa(folder: Path, look: Pictures) -> Asked:
     """TextVQA 0.5.1 validation without OCR tokens; gold is the list of ten answers."""
     split = split_of(folder, "val")
-    patterns = (f"TextVQA_0.5.1_{split}.json", f"TextVQA_*{split}*.json", "TextVQA_*train*.json")
-    path = find_file(folder, *patterns)
+    path = find_file(folder, f"TextVQA_0.5.1_{split}.json", f"TextVQA_*{split}*.json")
     for record in records(path, "data"):
         key, image_id = record.identifier("question_id"), record.identifier("image_id")
-        answers, image = _ten(record.texts("answers"), record), look.find(record, f"{image_id}.jpg")
+        answers, image = ten(record.texts("answers"), record), look.find(record, f"{image_id}.jpg")
         asked = record.text("question")
         yield record, VisualExample(key, asked, image, answers, other_id=image_id)
 
@@ -169,7 +164,7 @@ def read_vizwiz(folder: Path, look: Pictures) -> Asked:
     """
     split = split_of(folder, "val")
     for index, record in enumerate(records(find_file(folder, f"{split}.json", f"*{split}*.json"))):
-        answers = _ten([one.text("answer") for one in record.records("answers")], record)
+        answers = ten([one.text("answer") for one in record.records("answers")], record)
         key, answerable = record.text("image"), record.identifier("answerable") == "1"
         gold, kinds = {"answers": answers, "answerable": answerable}, record.kinds("answer_type")
         image, asked = look.find(record, key), record.text("question")
@@ -179,14 +174,14 @@ def read_vizwiz(folder: Path, look: Pictures) -> Asked:
 @reader("val2014")
 def read_pope(folder: Path, look: Pictures) -> Asked:
     """POPE's splits that are there, at least one of three; gold is "yes" or "no"."""
-    names = [
-        (s, folder / f"coco_pope_{s}{end}") for s in POPE_SPLITS for end in (".jsonl", ".json")
-    ]
+    # LLaVA's layout has them in coco/, the pictures beside it.
+    below = folder / "coco" if not any(folder.glob("coco_pope_*")) else folder
+    names = [(s, below / f"coco_pope_{s}{end}") for s in POPE_SPLITS for end in (".jsonl", ".json")]
     present = {split: path for split, path in names if path.is_file()}
     if not present:
         missing(folder / "coco_pope_random.json")
     for path in (one for split, one in names if one.is_file() and one != present[split]):
-        raise ValueError(f"{folder} holds {path.name} in another form, too; keep one")
+        raise ValueError(f"{below} holds {path.name} in another form, too; keep one")
     for split, path in present.items():
         for record in lines(path):
             number, label = record.identifier("question_id"), record.one_of("label", "yes", "no")
@@ -236,7 +231,8 @@ def _same_subset(*paths: Path) -> str:
     return str(subsets[0]) if subsets else "val2014"
 
 
-def _ten(answers: list[str], record: Record) -> list[str]:
+def ten(answers: list[str], record: Record) -> list[str]:
+    """Ten people's answers; refuses more or fewer."""
     if len(answers) != NUM_VQA_ANSWERS:
         record.refuse(
             f"it has {len(answers)} answers, the metric compares {NUM_VQA_ANSWERS} people's (for "
@@ -327,7 +323,7 @@ def read_tallyqa(folder: Path, look: Pictures) -> Asked:
         key, simple = record.identifier("question_id"), record.value.get("issimple")
         if not isinstance(simple, bool) and (asked_of == "test" or simple is not None):
             record.refuse(f"its 'issimple' is {simple!r}, neither true nor false")
-        asked = _with_options(record.text("question"), counts)
+        asked = with_options(record.text("question"), counts)
         split = "train" if simple is None else "simple" if simple else "complex"
         image = look.find(record, record.text("image"))
         yield record, VisualExample(key, asked, image, gold, split, choices=counts)
@@ -353,11 +349,12 @@ def read_ai2d(folder: Path, look: Pictures) -> Asked:
             options = record.texts("answerTexts", least=2)
             gold = {"index": record.index("correctAnswer", len(options)), "choices": options}
             key, image = record.identifier("questionId"), look.find(record, picture)
-            asked = _with_options(text, options)
+            asked = with_options(text, options)
             yield record, VisualExample(key, asked, image, gold, split, choices=tuple(options))
 
 
-def _with_options(question: str, options: tuple[str, ...] | list[str]) -> str:
+def with_options(question: str, options: tuple[str, ...] | list[str]) -> str:
+    """A question with its options in lettered lines."""
     listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return "\n".join((question, *listed))
 

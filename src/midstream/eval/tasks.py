@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from midstream.eval import read_answers, scoring
+from midstream.eval import read_answers, read_tables, scoring
 from midstream.eval.benchmark_records import (
     Record,
     Shown,
@@ -160,7 +160,8 @@ _SCORERS = ("score", "summarise", "note", "corpus")
 
 def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
     assert name in VISUAL_CHANCE, f"benchmarks.toml: give {name} a level under [chance.visual]"
-    scorers = {key: row[key] for key in _SCORERS if key in row}
+    row, scorers = dict(row), {key: row[key] for key in _SCORERS if key in row}
+    tables = row.pop("tables", None)
     changed = {
         "read": resolve_name(f"midstream.eval.{row['read']}"),
         "files": tuple(row["files"]),
@@ -173,6 +174,9 @@ def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
     for key, own in scorers.items():
         module = "" if "." in own else "scoring."
         changed[key] = resolve_name(f"midstream.eval.{module}{own}")
+    if tables is not None:
+        own_tables = resolve_name(f"midstream.eval.read_tables.{tables}")
+        changed["read"] = read_tables.or_tables(changed["read"], own_tables)
     return VisualFormat(name=name, **{**row, **changed})
 
 

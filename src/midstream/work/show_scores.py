@@ -155,6 +155,10 @@ def print_scores(rows: dict[str, dict[str, Any]], console: Console) -> None:
             console.print(f"{name}: {'; '.join(parts)}", soft_wrap=True, markup=False)
         short = {t: r["shortened"] for t, r in row["tasks"].items() if r["shortened"]}
         for task, found in row["tasks"].items():
+            if unread := found.get("unparsable"):
+                told_unread = f"{unread:,} of {found['num_examples']:,} answers cannot be read"
+                how = "and count as wrong (midstream eval FOLDER --show 5 --wrong shows them)"
+                console.print(f"{task}: {told_unread} {how}", soft_wrap=True, markup=False)
             if found.get("note"):
                 console.print(f"{task}: {found['note']}", soft_wrap=True, markup=False)
         if short:
@@ -221,7 +225,8 @@ def score_file(request: ScoreRequest, channel: Channel) -> None:
     for name, value in {**row["splits"], **row["details"]}.items():
         table.add_row(name, "-" if value is None else f"{100 * value:.2f}")
     console.print(table)
-    for note in [*row["notes"], *([row["note"]] if row["note"] else [])]:
+    short = f"not whole: {row['shortened']}" if row["shortened"] else None
+    for note in filter(None, [short, *row["notes"], row["note"]]):
         console.print(note, soft_wrap=True, markup=False)
 
 

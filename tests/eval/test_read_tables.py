@@ -1,0 +1,207 @@
+"""Benchmarks in the tables that the hub has of them, and what a folder without a task's own files
+is told."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from midstream.eval.benchmark_records import UNPACKED, VisualExample
+from midstream.eval.find_task import read_visual_task
+from midstream.eval.tasks import VISUAL_FORMATS
+
+Rows = list[dict[str, Any]]
+
+
+def cell(shade: int) -> dict[str, Any]:
+    stream = io.BytesIO()
+    Image.new("L", (4, 4), shade).save(stream, format="PNG")
+    return {"bytes": stream.getvalue(), "path": "a.png"}
+
+
+TEN = [*["red"] * 9, "maroon"]
+ASKED: dict[str, Any] = {"question": "What?", "image": cell(7)}
+POPE: dict[str, Any] = {**ASKED, "question_id": "1", "image_source": "COCO_val2014_000000000009"}
+# By task: its tables, and the examples (id, split, gold) that they are.
+TABLES: dict[str, tuple[dict[str, Rows], list[tuple[str, str, Any]]]] = {
+    "vqav2": (
+        {
+            "data/validation-00000-of-00001.parquet": [
+                {
+                    **ASKED,
+                    "question_id": 90 + at,
+                    "image_id": 9,
+                    "answer_type": "other",
+                    "answers": [{"answer": text, "answer_id": 1} for text in TEN],
+                }
+                for at in range(2)
+            ],
+            "data/test-00000-of-00001.parquet": [{"question_id": 5, "question": "Why?"}],
+        },
+        [("90", "", TEN), ("91", "", TEN)],
+    ),
+    "okvqa": (
+        {"data/val2014-00000-of-00001.parquet": [{**ASKED, "question_id": "7", "answers": TEN}]},
+        [("7", "", TEN)],
+    ),
+    "textvqa": (
+        {
+            "data/validation-00000-of-00001.parquet": [
+                {**ASKED, "question_id": 34602, "image_id": "003a", "answers": TEN}
+            ]
+        },
+        [("34602", "", TEN)],
+    ),
+    "pope": (
+        {
+            "data/test-00000-of-00001.parquet": [
+                {**POPE, "answer": "yes", "category": "random"},
+                {**POPE, "answer": "no", "category": "popular"},
+            ],
+            "Full/random-00000-of-00001.parquet": [{**POPE, "answer": "yes", "category": "random"}],
+        },
+        [("random-1", "random", "yes"), ("popular-1", "popular", "no")],
+    ),
+    "gqa": (
+        {
+            "testdev_balanced_images/testdev-0.parquet": [{"id": "n1", "image": cell(7)}],
+            "testdev_balanced_instructions/testdev-0.parquet": [
+                {
+                    "id": "201",
+                    "imageId": "n1",
+                    "question": "What?",
+                    "answer": "no",
+                    "types": {"structural": "verify", "semantic": "global"},
+                }
+            ],
+        },
+        [("201", "", "no")],
+    ),
+    "ai2d": (
+        {
+            "data/test-00000-of-00001.parquet": [
+                {**ASKED, "options": ["a", "b", "c"], "answer": "1"}
+            ]
+        },
+        [("0", "test", {"index": 1, "choices": ["a", "b", "c"]})],
+    ),
+}
+
+
+def lay_out(folder: Path, tables: dict[str, Rows]) -> Path:
+    for name, rows in tables.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / name)
+    (folder / "README.md").write_text("about it")
+    return folder
+
+
+def read(folder: Path, **options: Any) -> list[VisualExample]:
+    return VISUAL_FORMATS[folder.name].read(folder, **options)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_the_hub_are_the_same_benchmark(name: str, tmp_path: Path) -> None:
+    tables, expected = TABLES[name]
+    folder = lay_out(tmp_path / name, tables)
+    without = read(folder, pictures=False)
+    assert not (folder / UNPACKED).exists()
+    examples = read(folder)
+    for found in (without, examples):
+        assert [(e.example_id, e.split, e.gold) for e in found] == expected
+        assert len({e.image for e in found}) == 1
+        assert {e.question.split("\n")[0] for e in found} == {"What?"}
+    with Image.open(examples[0].image) as picture:
+        assert picture.getpixel((0, 0)) == 7
+
+
+def test_official_files_go_before_tables_and_tables_of_another_split_are_told(
+    tmp_path: Path,
+) -> None:
+    tables, _ = TABLES["textvqa"]
+    folder = lay_out(tmp_path / "textvqa", {"data/test-0.parquet": [{"question_id": 1}]})
+    with pytest.raises(FileNotFoundError, match=r"data/test-0\.parquet and none of the split val"):
+        read(folder, pictures=False)
+    lay_out(folder, tables)
+    assert len(read(folder, pictures=False)) == 1
+    (folder / "TextVQA_0.5.1_val.json").write_text('{"data": []}')
+    with pytest.raises(ValueError, match=r"TextVQA_0\.5\.1_val\.json holds no list"):
+        read(folder, pictures=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "told"),
+    [
+        ("vqav2", {"answers": TEN[:3]}, "row 0: it has 3 answers, the metric compares 10"),
+        ("vqav2", {"answers": None}, "row 0: its 'answers' is None, not a list"),
+        ("pope", {"answer": "maybe"}, "row 0: its answer is 'maybe', not yes or no"),
+        ("ai2d", {"answer": "3"}, "row 0: its answer 3 is none of 3 options"),
+        ("ai2d", {"image": {"bytes": None, "path": "a.png"}}, "row 0: one of its pictures has no"),
+    ],
+)
+def test_a_broken_row_of_a_table_is_named(
+    name: str, edit: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    (table, rows), *_ = TABLES[name][0].items()
+    folder = lay_out(tmp_path / name, {table: [{**rows[0], **edit}]})
+    with pytest.raises(ValueError, match=told):
+        read(folder)
+
+
+def test_a_question_without_its_picture_in_gqas_other_tables_is_named(tmp_path: Path) -> None:
+    tables = dict(TABLES["gqa"][0])
+    tables["testdev_balanced_images/testdev-0.parquet"] = [{"id": "n2", "image": cell(1)}]
+    folder = lay_out(tmp_path / "gqa", tables)
+    with pytest.raises(ValueError, match=r"row 0: its picture n1 is in no table of .*_images"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("gqa", "train_balanced_questions.json"),
+        ("textvqa", "TextVQA_0.5.1_train.json"),
+        ("vqav2", "v2_OpenEnded_mscoco_train2014_questions.json"),
+        ("vsr", "vsr_train.jsonl"),
+    ],
+)
+def test_training_files_alone_are_not_asked(name: str, file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"does not exist; the folder holds {file}"):
+        VISUAL_FORMATS[name].read(tmp_path, pictures=False)
+
+
+def test_files_in_a_folder_of_their_own_are_found(tmp_path: Path) -> None:
+    """LLaVA's layout has POPE's in coco/, GQA's archive its questions in questions1.2/."""
+    line = '{"question_id": 1, "image": "1.jpg", "text": "Is there a dog?", "label": "yes"}'
+    pope, gqa = tmp_path / "pope/coco", tmp_path / "gqa/questions1.2"
+    for folder in (pope, gqa, tmp_path / "pope/val2014"):
+        folder.mkdir(parents=True)
+    (pope / "coco_pope_random.json").write_text(line)
+    Image.new("RGB", (4, 4)).save(tmp_path / "pope/val2014/1.jpg")
+    (example,) = read(pope.parent)
+    assert example.image == tmp_path / "pope/val2014/1.jpg"
+    (gqa / "testdev_balanced_questions.json").write_text(
+        '{"1": {"imageId": "n1", "question": "Is it?", "answer": "no"}}'
+    )
+    assert len(read(gqa.parent, pictures=False)) == 1
+
+
+def test_official_files_are_whole_by_the_number_that_was_published(tmp_path: Path) -> None:
+    folder = tmp_path / "pope"
+    folder.mkdir()
+    line = '{{"question_id": {}, "image": "1.jpg", "text": "Is there a dog?", "label": "yes"}}\n'
+    for split, count in (("random", 2910), ("popular", 3000), ("adversarial", 3000)):
+        text = "".join(line.format(number) for number in range(count))
+        (folder / f"coco_pope_{split}.json").write_text(text)
+    assert read_visual_task(tmp_path, "pope", pictures=False).num_all == 8910
+    with (folder / "coco_pope_random.json").open("a") as stream:
+        stream.write("".join(line.format(number) for number in range(2910, 3000)))
+    assert read_visual_task(tmp_path, "pope", pictures=False).num_all == 9000
+    (folder / "coco_pope_random.json").unlink()
+    task = read_visual_task(tmp_path, "pope", pictures=False)
+    assert (len(task.examples), task.num_all) == (6000, 8910)
