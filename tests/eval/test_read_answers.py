@@ -10,10 +10,11 @@ from midstream.eval.read_answers import (
     choice_letter,
     letter_accuracy,
     named_option,
+    pope_note,
     read_choice,
     read_statement,
 )
-from midstream.eval.scoring import pope_note, to_square
+from midstream.eval.scoring import to_square
 from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
 
 NAMING_B = (
@@ -99,6 +100,9 @@ def test_answers_that_pope_takes_for_yes_though_they_say_nothing_are_told() -> N
     assert pope_note(["Yes", "no.", "There is not."], examples) is None
     assert "2 answers say neither yes nor no, such as 'B'" in str(
         pope_note(["B", "nothing", "no"], examples)
+    )
+    assert "2 answers say first what POPE's rule does not read, such as '**No**'" in str(
+        pope_note(["**No**", "Yes, there is no doubt", "no"], examples)
     )
 
 

@@ -137,7 +137,9 @@ def evaluate(
     data: Data = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A task; may be repeated. All that are there without."),
+        typer.Option(
+            metavar="NAME", help="A task, or several (a,b); may be repeated. Without: all there."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where results and predictions go.")] = Path(
         "evaluations"
@@ -186,7 +188,8 @@ def evaluate(
     from midstream.launch.workers import hub_environment
 
     asked = "limit slim prompts fixed_answers letters box_frame blind max_new_tokens batch_size"
-    show_request = {"tasks": task or [], "count": show or 3, "debug": debug}
+    tasks = [name.strip() for several in task or [] for name in several.split(",") if name.strip()]
+    show_request = {"tasks": tasks, "count": show or 3, "debug": debug}
     if listing:
         work("list-tasks", {"data": data, "debug": debug})
     elif diff is not None:
@@ -197,7 +200,7 @@ def evaluate(
         # The harness's own bars would stand between ours.
         quiet = hub_environment() | {"TQDM_DISABLE": "1"}
         request = {name: given[name] for name in ("data", "out", "device", "trust_remote_code")}
-        request |= {"models": models or [], "tasks": task or [], "debug": debug}
+        request |= {"models": models or [], "tasks": tasks, "debug": debug}
         evaluation = {name: given[name] for name in asked.split()}
         evaluation["few_shot"] = None if shots is None else {"num_shots": shots}
         request |= {"evaluation": evaluation}

@@ -16,12 +16,14 @@ from midstream.eval.scoring import (
     overlap,
     parse_box,
     plain_answer,
+    pope_answer,
     to_square,
     word_accuracy,
 )
 
 # A mean IoU that is higher by so much tells how boxes are meant.
 _TELLING = 0.2
+_YES_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
 _Box = tuple[float, float, float, float]
 # PaliGemma's <loc0123> and Florence's <loc_123>; what a box is of; numbers that are no part of a
 # name.
@@ -80,6 +82,26 @@ def read_choice(text: str, example: VisualExample) -> str | None:
 def read_statement(text: str, example: VisualExample) -> str | None:
     """Which of the two choices (True, False) is said."""
     return next((one for one in example.choices if word_accuracy(text, one)), None)
+
+
+def pope_note(predictions: Sequence[str], examples: Sequence[VisualExample]) -> str | None:
+    """How many answers say neither yes nor no, which POPE's rule counts as yes; how many begin with
+    one of them and are counted as the other ("**No**", "NO")."""
+    words = [_YES_NO.search(text) for text in predictions]
+    unsaid = [text for text, word in zip(predictions, words, strict=True) if word is None]
+    turned = [
+        text
+        for text, word in zip(predictions, words, strict=True)
+        if word is not None and (word[0].lower() == "yes") != (pope_answer(text) == "yes")
+    ]
+    told = {
+        "say neither yes nor no, such as {}, which POPE's rule counts as yes": unsaid,
+        "say first what POPE's rule does not read, such as {}": turned,
+    }
+    parts = [
+        f"{len(own):,} answers {how.format(repr(own[0][:40]))}" for how, own in told.items() if own
+    ]
+    return "; ".join(parts) or None
 
 
 def read_box(text: str, example: VisualExample) -> tuple[float, float, float, float] | None:

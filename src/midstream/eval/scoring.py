@@ -183,17 +183,6 @@ def pope_numbers(predictions: Sequence[str], examples: Sequence[VisualExample]) 
     return found
 
 
-def pope_note(predictions: Sequence[str], examples: Sequence[VisualExample]) -> str | None:
-    """How many answers say neither, which POPE's rule counts as yes."""
-    unsaid = [text for text in predictions if not re.search(r"\b(yes|no|not)\b", text, re.I)]
-    if not unsaid:
-        return None
-    return (
-        f"{len(unsaid):,} answers say neither yes nor no, such as {unsaid[0][:40]!r}, which POPE's "
-        "rule counts as yes"
-    )
-
-
 def yes_no_scores(answers: list[str], golds: list[str]) -> Numbers:
     """POPE's numbers, "yes" being what is looked for: accuracy, precision, recall, F1, yes_rate.
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from midstream.config import Evaluation, Machine
 from midstream.config.training import pool_of
 from midstream.core.identity import digest, hub_folders, kept_digests, listed_tasks, published_files
-from midstream.core.storage import remove_folder, write_json
+from midstream.core.storage import remove_folder, require_writable, write_json
 from midstream.eval.answers import (
     ANSWERS_VERSION,
     BATCHES_AT_ONCE,
@@ -27,6 +27,7 @@ from midstream.eval.answers import (
 )
 from midstream.eval.benchmark import evaluate
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS, Answerer
+from midstream.eval.text import manager
 from midstream.launch.terminal import out
 from midstream.study.store import Stopped
 from midstream.work.protocol import Channel, Request, in_a_line, is_ours
@@ -56,6 +57,14 @@ def evaluate_all(request: EvaluateRequest, channel: Channel) -> None:
     """
     if not request.models:
         raise ValueError("name a model: a stage's folder, an exported one, or one of a hub")
+    if (data := request.data) is not None and not data.is_dir():
+        told = "is a file" if data.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{data} {told}; --data is a world or the folder of benchmarks' files"
+        )
+    if request.out.exists() and not request.out.is_dir():
+        raise ValueError(f"{request.out} is no folder; give another --out")
+    require_writable(request.out)
     names = list(dict.fromkeys(request.models))
     for name in names[1:]:
         # A name that is none is told before hours of work on those before it.
@@ -232,7 +241,8 @@ def _asked(request: EvaluateRequest, data: Path) -> Evaluation:
     unknown = [name for name in names if name not in chosen and name not in known]
     # The harness knows many more than stand here; a slip of the pen it would not find.
     near = partial(difflib.get_close_matches, possibilities=seen, n=1)
-    chosen += [name for name in unknown if near(name.lower())]
+    slips = [name for name in unknown if near(name.lower())]
+    chosen += [name for name in slips if name not in manager().task_index]
     rest = [name for name in names if name not in chosen]
     return Evaluation.model_validate(
         {**request.evaluation, "visual_tasks": chosen, "text_tasks": rest}

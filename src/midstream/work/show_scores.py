@@ -284,7 +284,9 @@ def show_differences(request: ShowRequest, channel: Channel) -> None:
 def _predictions(folder: Path, tasks: Sequence[str]) -> list[Path]:
     there = sorted((folder / "predictions").glob("*.parquet"))
     if not there:
-        raise FileNotFoundError(f"{folder} holds no predictions; give a folder of results")
+        below = ", ".join(sorted(path.parent.name for path in folder.glob("*/predictions"))[:10])
+        hint = f", one of those in it ({below})" if below else ""
+        raise FileNotFoundError(f"{folder} holds no predictions; give a folder of results{hint}")
     names = {path.stem for path in there}
     lacking = [task for task in tasks if task not in names]
     if lacking:
