@@ -13,7 +13,7 @@ import pytest
 from answerers import Fake, ignore, kept, run_text_tasks
 from midstream.config import Evaluation
 from midstream.core.identity import published_files
-from midstream.eval import find_task
+from midstream.eval import harness_data
 from midstream.eval.benchmark import evaluate
 from midstream.eval.find_task import harness_task, read_choice_task, require_share
 from midstream.eval.scoring import TEXT_CHANCE
@@ -296,18 +296,40 @@ def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
         harness_task("winogrande", tmp_path)
 
 
+def test_tasks_that_share_a_data_set_find_their_own_in_its_folder(tmp_path: Path) -> None:
+    for configuration in ("ARC-Easy", "ARC-Challenge"):
+        folder = tmp_path / "ai2_arc" / configuration
+        folder.mkdir(parents=True)
+        (folder / "test-00000-of-00001.jsonl").write_text("{}\n")
+    for task, configuration in (("arc_easy", "ARC-Easy"), ("arc_challenge", "ARC-Challenge")):
+        (path,) = harness_task(task, tmp_path).files
+        assert path == tmp_path / "ai2_arc" / configuration / "test-00000-of-00001.jsonl"
+    # Another configuration alone is not taken for a task's own.
+    (tmp_path / "mmlu_anatomy/all").mkdir(parents=True)
+    (tmp_path / "mmlu_anatomy/all/test.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"holds 'test' in all and no folder anatomy"):
+        harness_task("mmlu_anatomy", tmp_path)
+
+
+def test_tasks_that_no_folder_is_read_of_are_told_what_else_helps(tmp_path: Path) -> None:
+    (tmp_path / "squadv2").mkdir()
+    with pytest.raises(FileNotFoundError, match="squadv2: the cache of data sets lacks") as alone:
+        harness_task("squadv2", tmp_path)
+    assert "put the files there" not in str(alone.value)
+
+
 def test_a_hub_that_does_not_answer_is_said_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    find_task._hub_problem.cache_clear()
+    harness_data._hub_problem.cache_clear()
     try:
         with pytest.raises(FileNotFoundError) as error:
             harness_task("lambada_openai", tmp_path)
     finally:
-        find_task._hub_problem.cache_clear()
+        harness_data._hub_problem.cache_clear()
     assert "the hub does not answer (Connect" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -352,7 +374,11 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("ai2_arc", ValueError, r"ai2_arc is a tag .*; name its tasks: arc_challenge"),
         ("winogrand", ValueError, "did you mean winogrande"),
         ("piqa", FileNotFoundError, r"lacks valid\.jsonl and .*, published by PIQA"),
-        ("mmlu", FileNotFoundError, r"mmlu \(.*\) and 46 others; set HF_HUB_OFFLINE=0"),
+        (
+            "mmlu",
+            FileNotFoundError,
+            r"mmlu \(.*\) and 46 others; ask its tasks one by one, which are read from folders, or set HF",
+        ),
     ],
 )
 def test_what_is_not_here_is_said_in_a_line(

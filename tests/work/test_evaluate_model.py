@@ -160,15 +160,44 @@ def test_what_cannot_be_asked_is_said_in_one_line(
     whole: Ledger, tmp_path: Path, command: Command
 ) -> None:
     stage = whole.folder(tiny.CHAT)
-    wrong = command("eval", stage, "--task", "vqav", "--out", tmp_path, ok=2)
-    assert "did you mean vqav2?" in wrong
+    wrong = command("eval", stage, "--task", "pope, vqav", "--out", tmp_path, ok=2)
+    assert "called 'vqav'; did you mean vqav2?" in wrong
     assert "name a model" in command("eval", ok=2)
+    for data, told in ((tmp_path / "no", "does not exist"), (Path(__file__), "is a file")):
+        assert f"{data} {told}; --data is" in command("eval", "x", "--data", data, ok=2)
+    full = command("eval", "x", "--data", tmp_path, "--out", __file__, ok=2)
+    assert "is no folder; give another --out" in full
     assert "holds no predictions" in command("eval", tmp_path, "--show", "1", ok=2)
     assert "name folders of results" in command("eval", "--show", "1", ok=2)
     for folder in (tmp_path, tmp_path / "no"):
         strange = command("eval", folder, "--data", tmp_path, ok=2)
         assert strange.startswith(f"error: {folder} does not exist or holds no config.json")
         assert len(strange.splitlines()) == 1
+
+
+def test_a_task_of_the_harness_is_none_of_the_benchmarks_that_sound_like_it(tmp_path: Path) -> None:
+    request = evaluate_model.EvaluateRequest(
+        models=("m",), out=tmp_path, evaluation={}, tasks=("squadv2", "vqav", "sciqq")
+    )
+    found = evaluate_model._asked(request, tmp_path)
+    assert (found.visual_tasks, found.text_tasks) == (("vqav",), ("squadv2", "sciqq"))
+
+
+def test_answers_that_cannot_be_read_are_counted_beside_the_scores(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vsr/images").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "vsr/images/1.jpg")
+    record = {"image": "1.jpg", "caption": "The cat is on the mat.", "label": 1}
+    (tmp_path / "vsr/test.jsonl").write_text(json.dumps(record) + "\n")
+    monkeypatch.setattr(evaluate_model, "_open_model", lambda *_: (Says("Yes."), tmp_path))
+    words = ("--data", tmp_path, "--fixed-answers", "text", "--out", tmp_path / "out")
+    table = command("eval", "org/m", *words)
+    assert "vsr: 1 of 1 answers cannot be read and count as wrong" in table
+    assert "not whole: vsr (1 of 1,222 examples)" in table
+    folder = next((tmp_path / "out").glob("m-*"))
+    below = command("eval", folder.parent, "--show", "1", ok=2)
+    assert f"give a folder of results, one of those in it ({folder.name})" in below
 
 
 class Broken:

@@ -2,22 +2,16 @@
 in which order."""
 
 import difflib
-import functools
-import glob
-import os
 import random
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from midstream.core.digests import is_note, walk
 from midstream.core.identity import (
     GROUPS_FILE,
-    TEXT_FILES,
     hub_folder,
     listed_tasks,
     own_text_file,
@@ -26,21 +20,16 @@ from midstream.core.identity import (
 )
 from midstream.core.storage import read_json
 from midstream.cost.questions import published_size
+from midstream.eval.harness_data import called, data_set_folder, members, require_hub, split_files
 from midstream.eval.scoring import TEXT_CHANCE, to_square
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS, VisualExample, VisualFormat
 from midstream.eval.text import SHARES, TextTask, manager, own_task, read_text_task
 
-# By the end of a name, what `datasets` calls it.
-_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-# What splits are called.
-_SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
-# A hub that does not answer for so long is not there.
-_HUB_SECONDS = 5.0
-
 
 def harness_task(name: str, folder: Path) -> TextTask:
     """A task of the harness from what lies under `folder`: its published files, wherever they are,
-    or a folder of the task's name with its data set's files as a hub has them; else from the hub.
+    or a folder of the task's name, or its data set's, with the files as a hub has them; else from
+    the hub.
 
     Raises ValueError for a name that the harness does not have, with the nearest, and for a group
     without a number of its own, with its tasks; FileNotFoundError where nothing is there and the
@@ -53,10 +42,10 @@ def harness_task(name: str, folder: Path) -> TextTask:
     # The paper's tasks are asked without examples in the prompt, others as they are described.
     settings = {"num_fewshot": 0} if name in HARNESS_TASKS else {}
     chance = TEXT_CHANCE[name][0] if name in TEXT_CHANCE else None
-    own = hub_folder(folder, name)
+    own = hub_folder(folder, name) or data_set_folder(entry, folder)
     if own is not None and entry.kind.name == "TASK":
         return _from_files(name, own, entry, chance)
-    _require_hub(entry, folder)
+    require_hub(entry, folder)
     return TextTask(name, chance, settings, None)
 
 
@@ -80,7 +69,7 @@ def _from_files(name: str, own: Path, entry: Any, chance: float | None) -> TextT
     # Without examples in its prompts, which are of a split that need not be here.
     described = dict(entry.cfg)
     split = str(described.get("test_split") or described.get("validation_split")).split("[")[0]
-    kind, files = _split_files(own, split, described.get("dataset_name"), name)
+    kind, files = split_files(own, split, described.get("dataset_name"), name)
     settings = {"include": str(entry.yaml_path), "num_fewshot": 0}
     settings |= {"dataset_path": kind, "fewshot_split": None}
     shots = described.get("num_fewshot")
@@ -122,129 +111,12 @@ def _entry(name: str, folder: Path) -> Any:
         raise ValueError(f"no text task is called {name!r}{hint}")
     kind, described = entry.kind.name, entry.cfg or {}
     if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
-        listed = ", ".join(_called(one) for one in (_members(entry) or [])[:20])
+        listed = ", ".join(called(one) for one in (members(entry) or [])[:20])
         raise ValueError(
             f"{name} is a {kind.lower()} of lm-evaluation-harness without a number of its own; "
             f"name its tasks: {listed}"
         )
     return entry
-
-
-def _split_files(
-    folder: Path, split: str, configuration: str | None, name: str
-) -> tuple[str, tuple[Path, ...]]:
-    """The files of a split and what kind they are: by their names, or by their folder's."""
-    root = folder / configuration if configuration else folder
-    found = map(Path, walk(root if root.is_dir() else folder))
-    data = [path for path in found if _kind(path) and not is_note(path.name)]
-    called = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
-    # "test-00000-of-00001.parquet" is of the split "test".
-    begins = {path: re.split(r"[._-]", path.name.lower())[0] for path in data}
-    named = [path for path in data if begins[path] in called]
-    named = named or [path for path in data if path.parent.name in called]
-    if not named and len(data) == 1 and not {begins[data[0]], data[0].parent.name} & _SPLITS:
-        named = data
-    if not named:
-        there = ", ".join(str(path.relative_to(folder)) for path in data[:10]) or "no data file"
-        raise FileNotFoundError(
-            f"text task {name}: {folder} holds no file of the split {split!r}, only {there}; put "
-            f"the data set's files there as its hub has them, such as {split}.parquet, .jsonl or "
-            ".csv"
-        )
-    places = sorted({str(path.parent.relative_to(folder)) for path in named})
-    if configuration and not root.is_dir() and len(places) > 1:
-        raise ValueError(
-            f"text task {name}: {folder} holds {split!r} in {', '.join(places[:5])} and no folder "
-            f"{configuration}, whose files alone are the task's; leave these there alone"
-        )
-    kind, *others = {_kind(path) or "" for path in named}
-    if others:
-        names = ", ".join(path.name for path in named[:5])
-        raise ValueError(f"text task {name}: {folder} holds {split!r} in two forms ({names})")
-    return kind, tuple(named)
-
-
-def _kind(path: Path) -> str | None:
-    return _KINDS.get(Path(path.name.removesuffix(".gz")).suffix)
-
-
-def _data_sets(member: Any, changed: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """The path and configuration of each data set of a task or a member, with what is `changed`."""
-    own = member if isinstance(member, dict) else {"task": member}
-    entry = None if isinstance(own.get("task"), list) else manager().task_index.get(_called(own))
-    told = {**(entry.cfg or {} if entry else {}), **changed, **own}
-    inner = own.get("task") if entry is None else _members(entry)
-    if isinstance(inner, list):
-        changed = {key: told[key] for key in ("dataset_path", "dataset_name") if key in told}
-        for one in inner:
-            yield from _data_sets(one, changed)
-    else:
-        path = told.get("dataset_path") or f"the data of {_called(own)}"
-        yield str(path), told.get("dataset_name")
-
-
-def _called(member: Any) -> str:
-    """The name of a member of a group."""
-    return str(member.get("task", member.get("group"))) if isinstance(member, dict) else str(member)
-
-
-def _members(entry: Any) -> list[Any] | None:
-    """The members of a tag or a group; None of a task."""
-    if entry.kind.name == "TAG":
-        return sorted(entry.tags)
-    listed = (entry.cfg or {}).get("task", []) if entry.kind.name == "GROUP" else None
-    return [listed] if isinstance(listed, str) else listed
-
-
-def _at_hand(path: str, configuration: str | None) -> bool:
-    """Whether a data set is here: in files of its own, or in the cache of `datasets`."""
-    import datasets  # type: ignore[import-untyped]
-    from datasets.naming import camelcase_to_snakecase  # type: ignore[import-untyped]
-
-    *owner, last = path.split("/")
-    folder = "___".join([*owner, camelcase_to_snakecase(last)])
-    part = glob.escape(configuration) if configuration else "*"
-    root = Path(datasets.config.HF_DATASETS_CACHE) / folder
-    cached = [found for name in (part, f"{part}-*") for found in root.glob(f"{name}/*/*")]
-    return bool(cached) or path in _KINDS.values() or Path(path).is_dir()
-
-
-def _require_hub(entry: Any, folder: Path) -> None:
-    """Raise FileNotFoundError where data sets have to be fetched and no hub is to be asked."""
-    sets = dict.fromkeys(_data_sets(entry.name, {}))
-    absent = [f"{p} ({name})" if name else p for p, name in sets if not _at_hand(p, name)]
-    if not absent:
-        return
-    known, name, remedy = HARNESS_TASKS.get(entry.name), entry.name, "put the files there, or "
-    what = f"a folder {name}/ with its data set's files"
-    if known is not None:
-        files = " or ".join(" and ".join(names) for names in TEXT_FILES[name])
-        what = f"{files}, published by {known.published}, or {what}"
-    lacks = f"text task {name}: {folder} lacks {what}"
-    if _members(entry) is not None:
-        more = f" and {len(absent) - 10} others" if len(absent) > 10 else ""
-        lacks = f"text task {name}: the cache of data sets lacks {', '.join(absent[:10])}{more}"
-        remedy = ""
-    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        then = "set HF_HUB_OFFLINE=0 to let lm-evaluation-harness fetch them"
-    elif problem := _hub_problem():
-        lacks += f", and the hub does not answer ({problem})"
-        then = "try again with a network"
-    else:
-        return
-    raise FileNotFoundError(f"{lacks}; {remedy}{then}")
-
-
-@functools.cache
-def _hub_problem() -> str | None:
-    """Why the hub cannot be asked, None where it answers at all; asked once in a process."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
-    except Exception as error:  # whatever the HTTP client in use raises
-        return f"{type(error).__name__}: {error}".split("\n")[0][:120]
-    return None
 
 
 # The order of examples and the wrong pictures are part of the benchmark, not of a run.
@@ -347,9 +219,9 @@ def in_seeded_order(items: Sequence[Item], splits: Sequence[str], key: str) -> l
     by_split: dict[str, list[Item]] = defaultdict(list)
     for item, split in zip(items, splits, strict=True):
         by_split[split].append(item)
-    for split, members in by_split.items():
-        random.Random(f"{_SEED} order {key} {split}").shuffle(members)
-    longest = max((len(members) for members in by_split.values()), default=0)
+    for split, own in by_split.items():
+        random.Random(f"{_SEED} order {key} {split}").shuffle(own)
+    longest = max((len(own) for own in by_split.values()), default=0)
     return [m[turn] for turn in range(longest) for m in by_split.values() if turn < len(m)]
 
 
