@@ -161,7 +161,8 @@ def test_what_cannot_be_asked_is_said_in_one_line(
 ) -> None:
     stage = whole.folder(tiny.CHAT)
     wrong = command("eval", stage, "--task", "pope, vqav", "--out", tmp_path, ok=2)
-    assert "called 'vqav'; did you mean vqav2?" in wrong
+    assert "no task 'vqav'" in wrong
+    assert "did you mean vqav2?" in wrong
     assert "name a model" in command("eval", ok=2)
     for data, told in ((tmp_path / "no", "does not exist"), (Path(__file__), "is a file")):
         assert f"{data} {told}; --data is" in command("eval", "x", "--data", data, ok=2)
