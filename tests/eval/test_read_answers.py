@@ -34,7 +34,7 @@ NAMING_B = (
     ),
     *("**B** because", "B\nBecause it is.", "B - two", "Answer: B", "The answer is B.", "Option B"),
     *("The correct answer is (B) two", "Answer: **B**", "**Answer:** B", "**Final answer: B**"),
-    "the correct answer is option b",
+    *("the correct answer is option b", "B, a dog", "B, because"),
 )
 NAMING_NONE = (
     *(
@@ -49,6 +49,8 @@ NAMING_NONE = (
         "A's leaf",
         "a-shaped",
         "A or B",
+        "A, B",
+        "a, c, and d",
     ),
     *("The answer is a dog.", "Answer", "answering A", "Both A and B", "I'm sure"),
 )

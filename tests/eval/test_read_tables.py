@@ -2,6 +2,7 @@
 is told."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,61 @@ def test_official_files_are_whole_by_the_number_that_was_published(tmp_path: Pat
     (folder / "coco_pope_random.json").unlink()
     task = read_visual_task(tmp_path, "pope", pictures=False)
     assert (len(task.examples), task.num_all) == (6000, 8910)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a pointer of Git LFS to it",
+        ),
+        (b"<!DOCTYPE html><html>404</html>", "a page or an answer of a server"),
+        (b"PK\x03\x04 and more", "is a zip archive; unpack it"),
+        (b'{"1": {}}\n{"2": {}}', r"is not JSON \(line 2: Extra data\); give the official file"),
+    ],
+)
+def test_what_stands_in_place_of_a_file_is_told(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "testdev_balanced_questions.json").write_bytes(content)
+    (tmp_path / "refs(unc).p").write_bytes(content)
+    (tmp_path / "instances.json").write_text('{"images": [{"id": 1}], "annotations": [{"id": 1}]}')
+    with pytest.raises(ValueError, match=rf"questions\.json .*{told}"):
+        VISUAL_FORMATS["gqa"].read(tmp_path, pictures=False)
+    if b"git-lfs" in content:
+        with pytest.raises(ValueError, match=rf"refs.*{told}"):
+            VISUAL_FORMATS["refcoco"].read(tmp_path, pictures=False)
+
+
+def test_an_archive_that_was_not_unpacked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "questions1.2.zip").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match=r"\(unpack questions1\.2\.zip there\?\)"):
+        VISUAL_FORMATS["gqa"].read(tmp_path, pictures=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "record", "gold"),
+    [
+        (
+            "pope",
+            "coco_pope_random.json",
+            {"question_id": 1.0, "image": "1.jpg", "text": "Is it?", "label": "Yes"},
+            "yes",
+        ),
+        ("vsr", "test.jsonl", {"image": "1.jpg", "caption": "It is.", "label": True}, "True"),
+        ("vsr", "test.jsonl", {"image": "1.jpg", "caption": "It is.", "label": 0.0}, "False"),
+        (
+            "nlvr2",
+            "test1.json",
+            {"identifier": "test1-0-1-0", "sentence": "Both.", "label": False},
+            "False",
+        ),
+    ],
+)
+def test_lines_may_be_a_list_and_labels_spelt_as_exports_spell_them(
+    name: str, file: str, record: dict[str, Any], gold: str, tmp_path: Path
+) -> None:
+    for text in (json.dumps([record]), json.dumps(record)):
+        (tmp_path / file).write_text(text)
+        (example,) = VISUAL_FORMATS[name].read(tmp_path, pictures=False)
+        assert example.gold == gold
+        assert name != "pope" or example.example_id == "random-1"

@@ -231,7 +231,7 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 # Raise it when a scorer, or what a row of results holds, changes: tasks are asked again.
-SCORES_VERSION = 4
+SCORES_VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,13 @@ from midstream.config.training import is_pool
 from midstream.core.digests import is_hidden
 from midstream.core.storage import write_bytes
 from midstream.data.examples import IMAGE_MARK, without_marks
+from midstream.data.formats.files import packing
 
 # Where pictures out of tables lie: hidden, and so no part of a benchmark's identity.
 UNPACKED = ".pictures"
+# Bytes by which a file is known.
+_HEAD = 16
+_PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Record:
     def one_of(self, key: str, *values: str) -> str:
         """The number or text under `key`, one of `values`."""
         value = self.identifier(key)
+        value = value if value in values else value.strip().lower()
         if value not in values:
             self.refuse(f"its {key} is {value!r}, not {' or '.join(values)}")
         return value
@@ -83,6 +88,8 @@ class Record:
     def identifier(self, key: str) -> str:
         """The number or text under `key`, as text."""
         value = self.get(key, object)
+        if isinstance(value, float) and value.is_integer():  # as pandas writes them
+            value = int(value)
         if not isinstance(value, int | str):
             self.refuse(f"its {key!r} is {value!r}, neither a number nor a text")
         return str(value)
@@ -106,6 +113,8 @@ def load_plain_pickle(path: Path) -> list[Any]:
         missing(path)
     try:
         with path.open("rb") as stream:
+            packing(str(path), stream.read(_HEAD))
+            stream.seek(0)
             # latin1 reads the byte strings of Python 2, in which the file was written.
             value = _PlainUnpickler(stream, encoding="latin1").load()
         if not isinstance(value, list):
@@ -121,6 +130,8 @@ def missing(path: Path) -> NoReturn:
     """Raise FileNotFoundError that lists what the folder holds instead."""
     there = sorted(item.name for item in path.parent.glob("*"))
     held = f"the folder holds {', '.join(there[:20])}" if there else "the folder is empty or absent"
+    packed = [name for name in there if name.endswith(_PACKED)]
+    held += f" (unpack {packed[0]} there?)" if packed else ""
     raise FileNotFoundError(
         f"{path} does not exist; {held}; docs/evaluation.md lists the official files"
     )
@@ -129,6 +140,9 @@ def missing(path: Path) -> NoReturn:
 def read_text(path: Path) -> str:
     """A file's text, gzip undone where its first bytes say so; ValueError names what is no text."""
     content = path.read_bytes()
+    packing(str(path), content[:_HEAD])  # refuses what stands for a file that was not fetched
+    if content.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path} is a zip archive; unpack it")
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
@@ -147,7 +161,10 @@ def read_json_file(path: Path) -> Any:
         text = read_text(path)
         return json.loads(text, object_pairs_hook=lambda pairs: no_key_twice(pairs, path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from None
+        told = (
+            f"{path} is not JSON (line {error.lineno}: {error.msg}); give the official file, whole"
+        )
+        raise ValueError(told) from None
 
 
 def find_file(folder: Path, *patterns: str) -> Path:
@@ -205,8 +222,12 @@ def entries(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def lines(path: Path, remedy: str = Record.remedy) -> Iterator[Record]:
-    """The records of a file of JSON lines; ValueError if there are none."""
-    found = read_text(path).split("\n")  # a text may hold U+2028
+    """The records of a file of JSON lines, or of a JSON list; ValueError if there are none."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        yield from records(path)
+        return
+    found = text.split("\n")  # a text may hold U+2028
     if not any(line.strip() for line in found):
         raise ValueError(f"{path} is empty; {remedy}")
     for number, line in enumerate(found, start=1):

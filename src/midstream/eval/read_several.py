@@ -40,7 +40,7 @@ def read_nlvr2(folder: Path, look: Pictures) -> Asked:
         pair, dash, _ = key.rpartition("-")
         if not dash or len(key.split("-")) != 4:
             record.refuse(f"its identifier {key!r} is not split-set-pair-sentence")
-        label = record.text("label").capitalize()
+        label = str(record.value.get("label")).capitalize()  # some write true
         if label not in ("True", "False"):
             record.refuse(f"its label is {label!r}, neither True nor False")
         # Training pictures lie in folders by number.

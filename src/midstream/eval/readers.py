@@ -304,9 +304,10 @@ def read_vsr(folder: Path, look: Pictures) -> Asked:
         name = record.text("image")
         stem = name.removesuffix(".jpg")
         others = coco_names("train2014", int(stem)) if stem.isdecimal() else ()
-        gold = "True" if record.one_of("label", "0", "1") == "1" else "False"
+        told = record.value.get("label")
+        says = told if isinstance(told, bool) else record.one_of("label", "0", "1") == "1"
         image, asked = look.find(record, name, *others), record.text("caption")
-        example = VisualExample(str(number), asked, image, gold, choices=("True", "False"))
+        example = VisualExample(str(number), asked, image, str(says), choices=("True", "False"))
         yield record, replace(example, kinds=record.kinds("relation"))
 
 
