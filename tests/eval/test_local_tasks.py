@@ -242,9 +242,10 @@ def test_any_task_is_read_from_its_data_sets_own_files(tmp_path: Path) -> None:
         )
     pq.write_table(pa.Table.from_pylist([asked] * 9), folder / "train-00000-of-1.parquet")
     (tmp_path / "text_tasks/winogrande/README.md").write_text("About.")
-    other = {"question": "How?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 3}
+    other = {"subject": "s", "choices": ["a", "b", "c", "d"], "answer": 3}
+    five = [json.dumps({**other, "question": f"How {number}?"}) for number in range(1, 6)]
     (tmp_path / "mmlu_anatomy").mkdir()
-    (tmp_path / "mmlu_anatomy/test.jsonl").write_text((json.dumps(other) + "\n") * 5)
+    (tmp_path / "mmlu_anatomy/test.jsonl").write_text("\n".join(five))
     sums = {"question": "1+1?", "answer": "It is. #### 2"}
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k/test.jsonl").write_text(json.dumps(sums) + "\n")
@@ -270,6 +271,10 @@ def test_any_task_is_read_from_its_data_sets_own_files(tmp_path: Path) -> None:
     rows = evaluate(answers, evaluation, tmp_path, tmp_path / "out", ignore)["tasks"]
     assert rows["mmlu_anatomy"]["shortened"] == "3 of 5 examples"
     assert rows["mmlu_anatomy"]["key"] != before
+    # Those of a part are called as in the whole, so that the two can be compared.
+    table = pq.read_table(tmp_path / "out/predictions/mmlu_anatomy.parquet").to_pylist()
+    assert [row["example_id"] for row in table] != ["1", "2", "3"]
+    assert all(f"How {row['example_id']}?" in row["prompt"] for row in table)
 
 
 def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:

@@ -192,6 +192,15 @@ def test_files_in_a_folder_of_their_own_are_found(tmp_path: Path) -> None:
     assert len(read(gqa.parent, pictures=False)) == 1
 
 
+def test_cocos_pictures_are_found_under_their_names_since_2017(tmp_path: Path) -> None:
+    line = {"question_id": 1, "image": "COCO_val2014_000000000009.jpg", "text": "Is it?"}
+    (tmp_path / "coco_pope_random.json").write_text(json.dumps({**line, "label": "no"}))
+    (tmp_path / "train2017").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "train2017/000000000009.jpg")
+    (example,) = VISUAL_FORMATS["pope"].read(tmp_path)
+    assert example.image == tmp_path / "train2017/000000000009.jpg"
+
+
 def test_official_files_are_whole_by_the_number_that_was_published(tmp_path: Path) -> None:
     folder = tmp_path / "pope"
     folder.mkdir()

@@ -306,7 +306,7 @@ def _report_text(
     if out is not None:
         write_predictions(
             _predictions_of(out, task.name),
-            example_id=[str(number) for number in range(1, len(rows) + 1)],
+            example_id=[row.name for row in rows],
             split=[row.split for row in rows],
             prompt=[row.prompt for row in rows],
             prediction=["" if r.chosen is None else r.choices[r.chosen] for r in rows],

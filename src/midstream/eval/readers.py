@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -65,7 +66,7 @@ def reader(
 # ------------------------------------------------------------------------------ free answers
 
 
-@reader("train2014")
+@reader("train2014", "train2017", "val2017")
 def read_vqav2(folder: Path, look: Pictures) -> Asked:
     """VQA v2: every question with its ten answers, which are the gold.
 
@@ -171,7 +172,7 @@ def read_vizwiz(folder: Path, look: Pictures) -> Asked:
         yield record, VisualExample(key, asked, image, gold, kinds=kinds, other_id=str(index))
 
 
-@reader("val2014")
+@reader("val2014", "train2017", "val2017")
 def read_pope(folder: Path, look: Pictures) -> Asked:
     """POPE's splits that are there, at least one of three; gold is "yes" or "no"."""
     # LLaVA's layout has them in coco/, the pictures beside it.
@@ -185,7 +186,7 @@ def read_pope(folder: Path, look: Pictures) -> Asked:
     for split, path in present.items():
         for record in lines(path):
             number, label = record.identifier("question_id"), record.one_of("label", "yes", "no")
-            asked, image = record.text("text"), look.find(record, record.text("image"))
+            asked, image = record.text("text"), look.find(record, *_coco(record.text("image")))
             example = VisualExample(f"{split}-{number}", asked, image, label, split)
             yield record, replace(example, choices=("Yes", "No"), other_id=number)
 
@@ -218,6 +219,11 @@ def _karpathy(folder: Path, look: Pictures, name: str) -> Asked:
         other = record.identifier("cocoid") if "cocoid" in record else PurePath(name).stem
         image = look.find(record, *names)
         yield record, VisualExample(name, _CAPTION, image, captions, other_id=other)
+
+
+def _coco(name: str) -> tuple[str, ...]:
+    """A picture's name of 2014, and its name since 2017, which is its number alone."""
+    return name, re.sub(r"^COCO_\w+_(\d{12}\.jpg)$", r"\1", name)
 
 
 def _same_subset(*paths: Path) -> str:

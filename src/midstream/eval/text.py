@@ -8,7 +8,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class TextTask:
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """One record's prompt, choices, which was chosen and which is right, score, task of a group.
+    """One record's prompt, choices, which was chosen and which is right, score, task of a group;
+    its name is its number among all of the task's records, from 1.
 
     Of a free answer the choices are what was said, and where it is known what is right; of a text
     that is read as a whole its log-probability. Of choices that are weighed by their likelihood
@@ -63,6 +64,7 @@ class TextAnswer:
     split: str = ""
     logprobs: tuple[float, ...] = ()
     continuation: tuple[str, str] = ("", "")
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,9 @@ def _result(
         by_doc = {one["doc_id"]: one for one in found["samples"][leaf] if one["filter"] == way}
         average = loaded["tasks"][leaf].aggregation()[metric]
         split = leaf if leaf != key else ""
-        answers += [_answer(by_doc[n], metric, average, split) for n in sorted(by_doc)]
+        for n in sorted(by_doc):
+            found_here = _answer(by_doc[n], metric, average, split)
+            answers.append(replace(found_here, name=f"{split}-{n + 1}" if split else str(n + 1)))
         several += [len(one["arguments"]) for one in by_doc.values()]
     details = own | {
         f"{leaf}.{name}": value

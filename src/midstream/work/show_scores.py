@@ -255,7 +255,7 @@ def show_differences(request: ShowRequest, channel: Channel) -> None:
     for path in shared:
         first = {row["example_id"]: row for row in pq.read_table(paths[path.stem]).to_pylist()}
         second = {row["example_id"]: row for row in pq.read_table(path).to_pylist()}
-        both = [key for key in first if key in second]
+        both = [key for key in first if key in second and _same(first[key], second[key])]
         left_out = len(first) + len(second) - 2 * len(both)
         if not both:
             raise ValueError(f"{path.stem}: {one} and {other} answered no example in common")
@@ -273,12 +273,22 @@ def show_differences(request: ShowRequest, channel: Channel) -> None:
         console.print(
             f"{one.name} less {other.name}: {100 * found.mean:+.2f} points{spread}"
             f" on {len(both):,} examples in {found.num_clusters:,} clusters"
-            + (f"; {left_out:,} answered by one alone are left out" if left_out else ""),
+            + (
+                f"; {left_out:,} of one alone, or with other right answers, are left out"
+                if left_out
+                else ""
+            ),
             soft_wrap=True,
         )
         differ = [key for key in both if first[key]["score"] != second[key]["score"]]
         for key in differ[: request.count]:
             _print_example(first[key] | {"other_prediction": second[key]["prediction"]}, console)
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows of one id have the same right answer, as far as it is known."""
+    golds = {one["gold"], other["gold"]} - {"null"}
+    return len(golds) < 2
 
 
 def _predictions(folder: Path, tasks: Sequence[str]) -> list[Path]:
