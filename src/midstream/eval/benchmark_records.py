@@ -421,3 +421,8 @@ def coco_names(subset: str, number: int) -> tuple[str, ...]:
         f"COCO_{one}_{number:012d}.jpg" for one in dict.fromkeys((subset, "val2014", "train2014"))
     ]
     return (*names, f"{number:012d}.jpg")
+
+
+def both_names(name: str) -> tuple[str, ...]:
+    """A picture of COCO by its name of 2014, and its name since 2017, which is its number alone."""
+    return name, re.sub(r"^COCO_\w+_(\d{12}\.jpg)$", r"\1", name)

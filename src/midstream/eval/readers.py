@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -13,6 +12,7 @@ from midstream.eval.benchmark_records import (
     Record,
     VisualExample,
     add,
+    both_names,
     coco_names,
     entries,
     find_file,
@@ -186,7 +186,7 @@ def read_pope(folder: Path, look: Pictures) -> Asked:
     for split, path in present.items():
         for record in lines(path):
             number, label = record.identifier("question_id"), record.one_of("label", "yes", "no")
-            asked, image = record.text("text"), look.find(record, *_coco(record.text("image")))
+            asked, image = record.text("text"), look.find(record, *both_names(record.text("image")))
             example = VisualExample(f"{split}-{number}", asked, image, label, split)
             yield record, replace(example, choices=("Yes", "No"), other_id=number)
 
@@ -219,11 +219,6 @@ def _karpathy(folder: Path, look: Pictures, name: str) -> Asked:
         other = record.identifier("cocoid") if "cocoid" in record else PurePath(name).stem
         image = look.find(record, *names)
         yield record, VisualExample(name, _CAPTION, image, captions, other_id=other)
-
-
-def _coco(name: str) -> tuple[str, ...]:
-    """A picture's name of 2014, and its name since 2017, which is its number alone."""
-    return name, re.sub(r"^COCO_\w+_(\d{12}\.jpg)$", r"\1", name)
 
 
 def _same_subset(*paths: Path) -> str:
