@@ -21,6 +21,7 @@ from rich.console import Console
 
 from midstream.chat.session import ChatSession, ChatSettings, caution, describe
 from midstream.config import Machine
+from midstream.core.storage import num_cores
 from midstream.train.parallel import set_up
 from midstream.work.open_model import OpenedModel, open_model
 from midstream.work.protocol import Channel, harmless, print_line
@@ -290,7 +291,7 @@ def chat(request: ChatRequest, channel: Channel) -> None:
     """Open the model and chat; ValueError or OSError for what is refused."""
     if request.web:
         require_gradio()
-    place = set_up(Machine(threads=os.cpu_count() or 1, device=request.device))
+    place = set_up(Machine(threads=num_cores(), device=request.device))
     opened = open_model(request.checkpoint, place.device)
     about = describe(opened)
     if (warning := caution(opened)) is not None:

@@ -101,6 +101,8 @@ def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]
         """The command; its errors for users end the program with their text."""
         try:
             command(*args, **kwargs)
+        except BrokenPipeError:  # `| head` has read enough, as click knows
+            raise
         except (ValueError, OSError) as reason:
             from midstream.config.base import error_words
             from midstream.launch.terminal import error
@@ -197,6 +199,7 @@ def prepare(
     slurm_sets: run_commands.SlurmSets = None,
 ) -> None:
     """Turn public formats into a prepared source; the same command goes on where it was."""
+    from midstream.core.storage import num_cores
     from midstream.launch.slurm_job import require_no_jobs
     from midstream.launch.workers import hub_environment
 
@@ -211,7 +214,7 @@ def prepare(
     options |= {"lost": lost, "similarity": similarity, "rating": rating}
     request = {"section": section, "sources": sources, "out": out, "tokenizer": tokenizer}
     request |= {"max_rejects": max_rejects, "validation": validation, "options": options}
-    request |= {"begin_of_text": begin_of_text, "workers": workers or os.cpu_count() or 1}
+    request |= {"begin_of_text": begin_of_text, "workers": workers or num_cores()}
     request |= {"copy_pictures": copy}
     request |= {"slurm": None if cluster is None else cluster.model_dump(mode="json")}
     summary = work("prepare", request, hub_environment(threads=1))

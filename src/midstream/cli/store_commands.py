@@ -1,6 +1,5 @@
 """`midstream store`, `report`, `profile` and `join captions`, and what `prepare` prints."""
 
-import os
 import shlex
 import time
 from collections.abc import Callable
@@ -341,12 +340,13 @@ def join_captions(
     ] = None,
 ) -> None:
     """Join pictures with synthetic captions; the same command goes on where it was."""
+    from midstream.core.storage import num_cores
     from midstream.launch import terminal
     from midstream.launch.workers import hub_environment
 
     started = time.monotonic()
     request = {"pictures": pictures, "captions": synthetic, "out": out}
-    request |= {"workers": workers or os.cpu_count() or 1}
+    request |= {"workers": workers or num_cores()}
     counts = work("join", request, hub_environment(threads=1))
     table = Table(f"by {by}", "samples")
     for what, number in counts.items():

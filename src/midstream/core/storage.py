@@ -10,16 +10,27 @@ import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 MANIFEST = "manifest.json"
 # What ends the name of a file or folder that is being written, or is on its way out.
 _LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(tmp|old)\Z")
-# Files that are read, hashed or written at once; `hashlib` leaves the interpreter to others.
-THREADS = min(8, os.cpu_count() or 1)
 
+
+def num_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: those that it may run on (taskset, a job), no more than its
+    container's `limit` gives it the time of."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # "max" is no limit
+        quota, period = map(int, limit.read_text().split())
+        cores = min(cores, max(1, -(-quota // period)))
+    return cores
+
+
+# Files that are read, hashed or written at once; `hashlib` leaves the interpreter to others.
+THREADS = min(8, num_cores())
 
 Result = TypeVar("Result")
 

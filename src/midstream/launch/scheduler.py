@@ -22,8 +22,8 @@ from midstream.study.stages import DataStage, Stage
 from midstream.study.store import Ledger, launch_lock
 from midstream.study.studies import AnyStudy
 
-# Signals that ask for a stop.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Signals that ask for a stop: SIGHUP where a terminal is closed, unless `nohup` has it ignored.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Of many stages that a sentence is about, so many are named.
 MAX_NAMED = 12
 
@@ -428,7 +428,8 @@ def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
     def handle(number: int, _frame: FrameType | None) -> None:
         note(number)
 
-    before = {number: signal.signal(number, handle) for number in STOPS}
+    heard = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield
     finally:

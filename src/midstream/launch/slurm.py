@@ -391,7 +391,7 @@ class SlurmBackend:
         except Refused as text:
             self.book.drop_unsure()
             raise ValueError(
-                f"sbatch refused {len(stages)} {kind} jobs: {text}; change --slurm-set"
+                f"sbatch refused {len(stages)} {kind} jobs: {text}; {text.remedy}"
             ) from None
         self.book.note(
             {one: Entry(name, job, restarts, tasks) for one, job in zip(names, ids, strict=True)}

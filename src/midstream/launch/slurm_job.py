@@ -102,8 +102,7 @@ def require_slurm(asked: Iterable[SlurmResources]) -> None:
             "pip install 'midstream[cluster]'"
         ) from None
     minutes: dict[str, float] = {}
-    for line in ask("sinfo", "--noheader", "--all", "--format=%P|%l").splitlines():
-        partition, limit = line.strip().rsplit("|", 1)
+    for partition, limit in columns(ask("sinfo", "--noheader", "--all", "--format=%P|%l"), 2):
         minutes[partition.removesuffix("*")] = limit_minutes(limit)
         if partition.endswith("*"):
             minutes[DEFAULT] = limit_minutes(limit)
@@ -143,8 +142,7 @@ def queue() -> dict[str, Job]:
     """This user's jobs by id, each of an array apart; with those that ended lately."""
     asked = ("--array", "--states=all", "--format=%i|%j|%T|%r", f"--user={os.geteuid()}")
     jobs = {}
-    for line in ask("squeue", "--noheader", *asked).splitlines():
-        job = Job(*(part.strip() for part in line.split("|", 3)))
+    for job in (Job(*parts) for parts in columns(ask("squeue", "--noheader", *asked), 4)):
         jobs[job.id] = job
     return jobs
 
@@ -155,16 +153,15 @@ def ended_job(job_id: str, name: str, seen: Job | None) -> Job | None:
     `seen` is what the queue says of it. None if nobody knows a job of this id and name: a
     controller that lost its memory gives the same ids again.
     """
-    columns = "JobName,State,ExitCode,Reason"
+    asked = "JobName,State,ExitCode,Reason"
     try:
-        told = ask("sacct", "-X", "-n", "-P", "-j", job_id, "-o", columns)
+        told = ask("sacct", "-X", "-n", "-P", "-j", job_id, "-o", asked)
     except (Unreachable, FileNotFoundError):  # no accounting
         told = ""
-    for line in told.splitlines():
-        named, state, code, reason = line.split("|", 3)
+    for named, state, code, reason in columns(told, 4):
         # "CANCELLED by 1000" is a state; one that is live here may have ended since.
-        if named == name and state.split()[0] in ENDED:
-            return Job(job_id, name, state.split()[0], reason, code)
+        if named == name and (word := state.partition(" ")[0]) in ENDED:
+            return Job(job_id, name, word, reason, code)
     try:
         values = shown_job(job_id)
     except Unreachable:  # it has gone from the controller's memory
@@ -172,6 +169,12 @@ def ended_job(job_id: str, name: str, seen: Job | None) -> Job | None:
     if values.get("JobName") != name:
         return seen
     return Job(job_id, name, values["JobState"], values["Reason"], values["ExitCode"])
+
+
+def columns(told: str, number: int) -> list[list[str]]:
+    """The lines of so many parts; a site's wrapper of a command may print others beside them."""
+    lines = (line.split("|", number - 1) for line in told.splitlines())
+    return [[part.strip() for part in parts] for parts in lines if len(parts) == number]
 
 
 def shown_job(job_id: str) -> dict[str, str]:
@@ -182,7 +185,9 @@ def shown_job(job_id: str) -> dict[str, str]:
 def ask(*command: str) -> str:
     """What a command of Slurm prints; Unreachable if it fails or says nothing."""
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        asked = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS
+        )
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{command[0]} has said nothing for {ANSWER_SECONDS:.0f} s") from None
     if asked.returncode:

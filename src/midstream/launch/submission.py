@@ -1,9 +1,11 @@
 """Jobs handed to Slurm with submitit; a job that has a work of ours done."""
 
 import json
+import os
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,62 @@ from midstream.study.stages import PrepareSource, Stage
 MAX_ARRAY = 1000
 # What sbatch says when the controller may come back, or of a job that is to wait for one which it
 # has just forgotten; anything else is a refusal.
-AWAY = r"Unable to contact|Socket timed out|Connection refused|connect failure|dependency problem"
+AWAY = (
+    r"Unable to contact|Socket timed out|Connection refused|connect failure|dependency problem|"
+    r"temporarily|Zero Bytes were transmitted|Message (receive|send) failure"
+)
+# By what sbatch says, the first that fits: the settings that may be at fault.
+AT_FAULT = {
+    r"MaxSubmit|array specification": "max_jobs",
+    r"MaxWall|(?i:time limit is|time limit exceeds)": "time_minutes",
+    r"Max(Cpu|GRES|Node|TRES|Mem)": "gpus, cpus, memory or nodes",
+    r"submit limit": "max_jobs, time_minutes, or what a job asks for",
+    r"(?i)account": "account",
+    r"(?i)qos": "qos",
+    r"(?i)memory": "memory",
+    r"(?i)node configuration|gres|cpu count": "gpus, cpus, memory or constraint",
+    r"(?i)partition": "partition",
+}
+# In sbatch's environment, values that go before those of a script; these say what it leaves open.
+LEFT_OPEN = {
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_QOS": "qos",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_MEM_PER_NODE": "memory",
+}
+OF_THE_SITE = ("SBATCH_CLUSTERS", "SBATCH_RESERVATION", "SBATCH_WCKEY", "SLURM_CONF")
 # So often a work that resumes is queued again at the end of its time; more than a source takes.
 MAX_PIECES = 20
 
 
 class Refused(Exception):  # noqa: N818 - it says what sbatch says
     """sbatch does not take the jobs."""
+
+    @property
+    def remedy(self) -> str:
+        """The option that may change that."""
+        names = (name for said, name in AT_FAULT.items() if re.search(said, str(self)))
+        return f"change --slurm-set {next(names, 'NAME=VALUE')}"
+
+
+@contextmanager
+def submitting(asked: SlurmResources) -> Iterator[None]:
+    """Within the block the environment is what jobs are to have: nothing of a job, or of ranks,
+    that this process is part of, and no default of sbatch's where `asked` says otherwise."""
+    kept = {name for name, field in LEFT_OPEN.items() if getattr(asked, field) is None}
+    begins: tuple[str, ...] = ("SBATCH_",)
+    if "SLURM_JOB_ID" in os.environ:
+        begins += ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+    before = {
+        name: os.environ.pop(name)
+        for name in os.environ.keys() - kept - set(OF_THE_SITE)
+        if name.startswith(begins) or workers.OF_RANKS.fullmatch(name)
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def submit(
@@ -59,7 +110,8 @@ def submit(
         dependency=after,
         stderr_to_stdout=True,
         wckey=None,
-        setup=list(settings.setup) or None,
+        # A module in the folder of the command (`random.py`) stands in for none of the job's.
+        setup=["export PYTHONSAFEPATH=1", *settings.setup],
         # A step does not take over its job's CPUs by itself.
         srun_args=[f"--cpus-per-task={cpus}"],
         additional_parameters={
@@ -71,11 +123,8 @@ def submit(
         },
     )
     try:
-        if len(functions) == 1:
-            jobs = [executor.submit(functions[0])]
-        else:
-            with executor.batch():
-                jobs = [executor.submit(function) for function in functions]
+        with submitting(asked), executor.batch() if len(functions) > 1 else nullcontext():
+            jobs = [executor.submit(function) for function in functions]
     except submitit.core.utils.FailedJobError as reason:
         text = " ".join(str(reason).split())
         # Without a word it was ended by a signal, as Ctrl-C sends one to all.

@@ -1,10 +1,12 @@
 """What the commands print: progress while a study runs, tables of states and results."""
 
+import errno
+import os
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -33,13 +35,15 @@ LEVEL_WORDS: Mapping[Level, str] = {
 def progress(console: Console, labels: Mapping[str, str]) -> Iterator[Callable[[Event], None]]:
     """Yield what shows a launcher's events: bars in a terminal, lines of text elsewhere.
 
-    `labels` says what stages are called, by the names that the events have.
+    `labels` says what stages are called, by the names that the events have. A terminal that is
+    gone, and a pipe that nobody reads, end the showing and not the run.
     """
 
     def named(show: Callable[[Event], None]) -> Callable[[Event], None]:
         def show_named(event: Event) -> None:
             stage = event.get("stage")
-            show(event if stage is None else {**event, "stage": labels.get(stage, stage)})
+            with _unseen(console):
+                show(event if stage is None else {**event, "stage": labels.get(stage, stage)})
 
         return show_named
 
@@ -55,6 +59,19 @@ def progress(console: Console, labels: Mapping[str, str]) -> Iterator[Callable[[
     )
     with Progress(*columns, console=console) as bars:
         yield named(_Bars(bars).show)
+
+
+@contextmanager
+def _unseen(console: Console) -> Iterator[None]:
+    """Go on where nothing can be written, without a further word where nobody reads any more."""
+    try:
+        yield
+    except (OSError, SystemExit) as error:  # rich ends the process where a pipe is broken
+        if isinstance(error, SystemExit) or error.errno in (errno.EIO, errno.EPIPE):
+            console.quiet = True
+            # What is still to be flushed must not fail at the end of the process.
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
 
 
 @contextmanager
@@ -182,8 +199,9 @@ def errors() -> Console:
 
 
 def error(text: str) -> None:
-    """Print an error in red on standard error."""
-    errors().print(text, style="bold red", markup=False, highlight=False)
+    """Print an error in red on standard error, if there still is one."""
+    with _unseen(console := errors()):
+        console.print(text, style="bold red", markup=False, highlight=False)
 
 
 def tell_older(ledger: Ledger) -> None:

@@ -6,6 +6,7 @@ The latter get a request on standard input as one line of JSON, and answer with 
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from midstream.config import Machine
-from midstream.core.storage import read_json, write_json
+from midstream.core.storage import num_cores, read_json, write_json
 from midstream.core.tokens import counted
 from midstream.study.label import label
 from midstream.study.lease import LOG, STALE_SECONDS, heartbeat_of, is_held
@@ -44,6 +45,12 @@ _LOOK_SECONDS = 1.0
 LAUNCHER = "MIDSTREAM_LAUNCHER"
 # In a process's environment: the GPUs that it sees.
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+# What CUDA takes there; Slurm's NoDevFiles is none.
+_GPU = re.compile(r"\d+|(GPU|MIG)-\S+")
+# What launchers of ranks set (torchrun, Kubeflow, Accelerate): of the process that they started.
+OF_RANKS = re.compile(
+    r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_\w+"
+)
 
 
 class Worker:
@@ -212,14 +219,19 @@ def group_command(machine: Machine, work: Path) -> list[str]:
 
 def worker_environment(machine: Machine) -> dict[str, str]:
     """This process's environment with the workers' thread counts, and no downloads unless
-    HF_HUB_OFFLINE=0 asks for them."""
+    HF_HUB_OFFLINE=0 asks for them.
+
+    A child is no rank of what started this process, and a module in the folder where it runs (a
+    user's `random.py`) stands in for none of its own.
+    """
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not OF_RANKS.fullmatch(name)},
         **dict.fromkeys(threads, str(machine.threads)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",
         LAUNCHER: str(os.getpid()),
     }
 
@@ -232,7 +244,7 @@ def visible_gpus() -> tuple[str, ...]:
     if VISIBLE in os.environ:
         names = [name.strip() for name in os.environ[VISIBLE].split(",")]
         # CUDA ends the list at the first name that is none.
-        ends = [at for at, name in enumerate(names) if name in ("", "-1")]
+        ends = [at for at, name in enumerate(names) if not _GPU.fullmatch(name)]
         return tuple(names[: ends[0] if ends else None])
     if shutil.which("nvidia-smi") is None:
         return ()
@@ -426,7 +438,7 @@ def ask(
 def hub_environment(threads: int | None = None) -> dict[str, str]:
     """Of a process with so many threads, or all cores; whether it asks hubs is the user's choice
     (HF_HUB_OFFLINE)."""
-    found = worker_environment(Machine(threads=threads or os.cpu_count() or 1))
+    found = worker_environment(Machine(threads=threads or num_cores()))
     if "HF_HUB_OFFLINE" not in os.environ:
         del found["HF_HUB_OFFLINE"]
     return found

@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from midstream.core.storage import read_json, write_json
+from midstream.core.storage import read_json, room_for, write_json
 
 PROGRESS = "progress.json"
 # A stage that is shorter than this leaves no note.
@@ -334,10 +334,15 @@ class _Heartbeat:
     def _create(self) -> bool:
         try:
             # The one that makes the file has it, whatever the others see.
-            with self._path.open("x") as stream:
-                json.dump(asdict(self._mine), stream)
+            stream = self._path.open("x")
         except FileExistsError:
             return False
+        try:
+            with room_for(self._path), stream:
+                json.dump(asdict(self._mine), stream)
+        except OSError:  # an empty file would stand for a process that is not known
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _make_room(self) -> None:
@@ -422,19 +427,20 @@ def _born(pid: int | None = None) -> str | None:
 
 
 def _age(path: Path) -> float:
-    """Seconds since a heartbeat by the disk's clock; FileNotFoundError if it is not there."""
+    """Seconds since a heartbeat by the disk's clock, or until it where that was set back or the
+    file came from another machine; FileNotFoundError if it is not there."""
     # An open file's times are asked of the server anew, those of a name may be remembered.
     with path.open("rb") as stream:
         last = os.fstat(stream.fileno()).st_mtime
     probe = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         with probe.open("x") as stream_now:
-            return os.fstat(stream_now.fileno()).st_mtime - last
+            return abs(os.fstat(stream_now.fileno()).st_mtime - last)
     except OSError:
         if os.access(path.parent, os.W_OK):
             raise
         # Who may only look goes by the host's clock.
-        return time.time() - last
+        return abs(time.time() - last)
     finally:
         with suppress(OSError):
             probe.unlink()

@@ -241,7 +241,7 @@ def _about(store: Path | None, stage: Stage) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "ranks": 1 if store is None else int(os.environ.get("WORLD_SIZE", 1)),
         "started": None if store is None else now(),
         **({} if store is None else log_here(store, stage.name)),
     }

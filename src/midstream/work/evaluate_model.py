@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from midstream.config import Evaluation, Machine
 from midstream.config.training import pool_of
 from midstream.core.identity import digest, hub_folders, kept_digests, listed_tasks, published_files
-from midstream.core.storage import remove_folder, require_writable, write_json
+from midstream.core.storage import num_cores, remove_folder, require_writable, write_json
 from midstream.eval.answers import (
     ANSWERS_VERSION,
     BATCHES_AT_ONCE,
@@ -191,7 +191,7 @@ def _open_model(name: str, request: EvaluateRequest) -> tuple[Answerer, Path]:
     from midstream.train.parallel import set_up
 
     machine = Machine.model_validate(
-        {"device": request.device, "threads": os.cpu_count() or 1, "workers": 1}
+        {"device": request.device, "threads": num_cores(), "workers": 1}
     )
     device = set_up(machine).device
     path, data = Path(name), request.data

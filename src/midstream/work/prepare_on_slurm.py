@@ -155,7 +155,7 @@ class OnSlurm:
         except Refused as text:
             self.book.drop_unsure()
             raise ValueError(
-                f"sbatch refused the jobs of {self.out}: {text}; change --slurm-set"
+                f"sbatch refused the jobs of {self.out}: {text}; {text.remedy}"
             ) from None
         entries = dict(zip([*works, FINISH], [*ids, *last], strict=True))
         self.book.entries = {}
