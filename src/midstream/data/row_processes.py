@@ -1,0 +1,66 @@
+"""Processes that load rows for a training process: how they end, and what their errors say."""
+
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+# Where batches lie that one process has made for another.
+SHARED = Path("/dev/shm")
+# An error of such a process as torch words it: its kind, a traceback, and its text.
+_CAUGHT = re.compile(
+    r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL
+)
+_LOOK_SECONDS = 1.0
+
+
+def watch_over(training: int, _worker: int = 0) -> None:
+    """Have this process end where nobody would wait for its rows, or would wait for ever.
+
+    That is once the process `training` is gone, which a fork server outlives, and where a batch
+    cannot be sent, which is dropped by default, as where shared memory is full.
+    """
+
+    def lost(error: Exception, _batch: object) -> None:
+        print(f"rows could not be sent to the training process: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+
+    def look() -> None:
+        while True:
+            try:
+                os.kill(training, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(_LOOK_SECONDS)
+
+    setattr(Queue, "_on_queue_feeder_error", staticmethod(lost))  # noqa: B010
+    threading.Thread(target=look, daemon=True).start()
+
+
+@contextmanager
+def plain_errors(workers: int) -> Iterator[None]:
+    """Errors of so many processes that load rows, as they would be without these processes.
+
+    Raises RuntimeError with the remedies where one of them has ended.
+    """
+    try:
+        yield
+    except Exception as error:
+        if wrapped := _CAUGHT.match(str(error)):
+            raise type(error)(wrapped[2]) from error
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        free = shutil.disk_usage(SHARED).free if SHARED.is_dir() else 0
+        raise RuntimeError(
+            f"a process that loads rows has ended ({str(error).splitlines()[0]}), as where shared "
+            f"memory ({SHARED}, {free / 2**20:,.0f} MiB are free) or the machine's is full, or too "
+            "few files may be open; give a container more of it (docker run --shm-size=8g), or "
+            f"fewer such processes than {workers}: --data-workers 0 for none"
+        ) from error
