@@ -33,11 +33,21 @@ def test_the_command_line_goes_before_the_file_and_a_kind_before_all(tmp_path: P
         (["partiton=x"], "did you mean 'partition'"),
         (["evaluate.gpu=1"], "did you mean 'gpus'"),
         (["evaluated.gpus=1"], "no stage is of kind 'evaluated'; kinds are"),
+        (['extra={"--job-name": "mine"}'], "extra gives job-name, .* leave it out"),
+        (['evaluate.extra={"mem": "1G"}'], "extra gives mem; give memory in its place"),
     ],
 )
 def test_bad_settings_are_named(settings: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         settings_of(True, None, settings, False)
+
+
+def test_numbers_are_names_of_accounts_and_a_text_is_the_lines_of_a_setup() -> None:
+    given = ["account=2004567", "setup=module load cuda\nulimit -c 0", 'extra={"--exclusive":true}']
+    found = settings_of(True, None, given, False)
+    assert found is not None
+    assert (found.account, found.extra) == ("2004567", {"exclusive": True})
+    assert found.setup == ("module load cuda", "ulimit -c 0")
 
 
 @pytest.mark.parametrize("said", ["stages=3", 'stages={"pretrain": 2}'])

@@ -10,12 +10,14 @@ from pydantic import ValidationError
 from midstream import config
 from midstream.config import (
     DECODERS,
+    AdamW,
     Config,
     Constant,
     ContinuedCosine,
     DecoderConfig,
     EncoderConfig,
     Evaluation,
+    Machine,
     Mixture,
     PocketWorld,
     Rows,
@@ -135,6 +137,21 @@ def test_a_budget_is_read_by_its_kind() -> None:
 def test_rates_are_learning_rates_below_one() -> None:
     _refused("less than 1", WarmupCosine, peak_rate=1.0)
     _refused("greater than or equal to 0", WarmupCosine, peak_rate=-1e-3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"eps": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"weight_decay": -1.0}, {"clip_norm": 0.0}],
+)
+def test_what_adam_cannot_compute_with_is_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(values))):
+        AdamW.model_validate(values)
+
+
+@pytest.mark.parametrize("master", ["node-0", "node-0:", ":29500"])
+def test_the_first_node_is_a_host_and_a_port(master: str) -> None:
+    with pytest.raises(ValidationError, match="reached at HOST:PORT"):
+        Machine(nodes=2, workers=1, master=master)
 
 
 def test_choices_are_closed() -> None:

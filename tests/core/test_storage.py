@@ -11,6 +11,7 @@ from midstream.core.storage import (
     CorruptError,
     append_line,
     new_folder,
+    num_cores,
     read_json,
     remove_leftovers,
     verify,
@@ -198,3 +199,14 @@ def test_lines_are_added_one_by_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         add({"loss": float("inf")})
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_the_cores_of_a_process_are_those_that_its_container_has_the_time_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    limit = tmp_path / "cpu.max"
+    assert num_cores(limit) == 6
+    for text, cores in (("max 100000", 6), ("250000 100000", 3), ("50000 100000", 1)):
+        limit.write_text(f"{text}\n")
+        assert num_cores(limit) == cores

@@ -1,7 +1,10 @@
+import errno
+import io
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from midstream.config import Machine
 from midstream.cost.graph import order, plan
 from midstream.cost.pictures import Choice, feature_plan
-from midstream.launch import scheduler
+from midstream.launch import scheduler, terminal
 from midstream.launch.local import run
 from midstream.launch.scheduler import STOPPED_EXIT_CODE, FeatureChoices, remaining_chains
 from midstream.launch.workers import worker_environment
@@ -324,6 +328,54 @@ def test_workers_get_their_threads_and_no_network(monkeypatch: pytest.MonkeyPatc
     assert environment["HF_HUB_OFFLINE"] == "1"
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert worker_environment(Machine())["HF_HUB_OFFLINE"] == "0"
+
+
+def test_workers_are_no_ranks_of_what_started_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As Kubeflow, torchrun and Accelerate set them in the process that they start.
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "GROUP_RANK", "PET_NNODES")
+    for name in (*ranks, "TORCHELASTIC_RUN_ID", "RANKING"):
+        monkeypatch.setenv(name, "3")
+    environment = worker_environment(Machine())
+    assert not {*ranks, "TORCHELASTIC_RUN_ID"} & environment.keys()
+    assert environment["RANKING"] == "3"
+
+
+def test_a_module_in_the_folder_of_the_command_is_none_of_a_workers(tmp_path: Path) -> None:
+    (tmp_path / "shadowed_by_a_user.py").touch()
+    command = [sys.executable, "-m", "shadowed_by_a_user"]
+    for environment, code in ((worker_environment(Machine()), 1), (os.environ, 0)):
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
+        assert ended.returncode == code
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed_asks_for_a_stop_unless_nohup_has_it_ignored(
+    ignored: bool,
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    asked: list[int] = []
+    try:
+        with scheduler.stop_signals(asked.append):
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert asked == ([] if ignored else [signal.SIGHUP])
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_a_run_goes_on_where_nobody_reads_what_it_shows(number: int) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+        def fileno(self) -> int:
+            raise io.UnsupportedOperation
+
+    with terminal.progress(Console(file=Gone()), {}) as show:
+        for _ in range(2):
+            show({"event": "note", "text": "a word"})
 
 
 def test_stages_side_by_side_see_different_gpus(

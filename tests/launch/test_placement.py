@@ -69,7 +69,14 @@ def test_workers_that_nobody_asked_for_are_no_more_than_have_gpus(make_study: Ma
 
 @pytest.mark.parametrize(
     ("value", "seen"),
-    [("2,5", ("2", "5")), ("GPU-x", ("GPU-x",)), ("", ()), ("-1", ()), ("3,-1,4", ("3",))],
+    [
+        ("2,5", ("2", "5")),
+        ("GPU-x", ("GPU-x",)),
+        ("", ()),
+        ("-1", ()),
+        ("3,-1,4", ("3",)),
+        ("NoDevFiles", ()),  # of Slurm, in a job without GPUs
+    ],
 )
 def test_what_the_user_or_a_job_made_visible_counts(
     monkeypatch: pytest.MonkeyPatch, value: str, seen: tuple[str, ...]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from midstream.config import Machine, SlurmSettings
+from midstream.config import Machine, SlurmResources, SlurmSettings
 from midstream.cost.graph import plan
 from midstream.launch import slurm, slurm_job, workers
 from midstream.launch.slurm import SlurmBackend
-from midstream.launch.submission import WorkFailed, WorkJob
+from midstream.launch.submission import Refused, WorkFailed, WorkJob, submitting
 from midstream.launch.workers import STOPPED_EXIT_CODE
 from midstream.study.stages import PrepareSource
 from midstream.study.store import Ledger
@@ -132,3 +132,58 @@ def test_tasks_count_among_the_jobs_that_are_in_the_queue_at_once(
     assert sizes == ([tasks, 1] if tasks else [1])
     # There is no room for the tasks of another.
     assert backend.start(rows[1:]) == []
+
+
+def test_jobs_are_given_nothing_of_the_job_that_submits_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {
+        "SLURM_JOB_ID": "12",
+        "SLURM_MEM_PER_CPU": "2048",
+        "SLURM_CONF": "/etc/slurm.conf",
+        "RANK": "1",
+        "SBATCH_PARTITION": "cpu",
+        "SBATCH_ACCOUNT": "mine",
+        "SBATCH_TIMELIMIT": "5",
+        "SBATCH_JOB_NAME": "other",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    # Where somebody asks for a partition, a default in the environment would go before it.
+    with submitting(SlurmResources(partition="gpu")):
+        assert given.keys() & os.environ.keys() == {"SLURM_CONF", "SBATCH_ACCOUNT"}
+    assert dict(os.environ) == before
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with submitting(SlurmResources()):
+        left = {"SLURM_CONF", "SLURM_MEM_PER_CPU", "SBATCH_ACCOUNT", "SBATCH_PARTITION"}
+        assert given.keys() & os.environ.keys() == left
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        ("QOSMaxSubmitJobPerUserLimit Job violates accounting/QOS policy", "max_jobs"),
+        ("Invalid job array specification", "max_jobs"),
+        ("Job violates accounting/QOS policy (job submit limit, user's size)", "max_jobs, time"),
+        ("Invalid account or account/partition combination specified", "account"),
+        ("Invalid qos specification", "qos"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "time_minutes"),
+        ("Memory specification can not be satisfied", "memory"),
+        ("Requested node configuration is not available", "gpus, cpus"),
+        ("something of the site", "NAME=VALUE"),
+    ],
+)
+def test_a_refusal_names_the_setting_that_may_be_at_fault(said: str, option: str) -> None:
+    assert Refused(said).remedy.startswith(f"change --slurm-set {option}")
+
+
+def test_lines_that_a_sites_wrapper_prints_are_no_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "this answer is 30 s old\n\n12|midstream-x|RUNNING|None\n"
+    monkeypatch.setattr(slurm_job, "ask", lambda *command: told)
+    assert {job.id: job.state for job in slurm_job.queue().values()} == {"12": "RUNNING"}
+    ended = "a word first\nmidstream-x|CANCELLED by 7|0:15|None\n"
+    monkeypatch.setattr(slurm_job, "ask", lambda *command: ended)
+    job = slurm_job.ended_job("12", "midstream-x", None)
+    assert job is not None
+    assert (job.state, job.exit_code) == ("CANCELLED", "0:15")

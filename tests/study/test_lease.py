@@ -1,6 +1,7 @@
 """A heartbeat keeps others out where a lock does not: another host's, or one without flock."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -107,6 +108,28 @@ def test_ages_are_told_by_the_disk_and_not_by_this_hosts_clock(
     monkeypatch.setattr(time, "time", lambda: ahead)
     with pytest.raises(ValueError, match="node-7"), lease(lock, refusal):
         pytest.fail("the block must not run")
+
+
+def test_one_from_a_clock_that_was_ahead_is_as_stale_as_one_that_is_old(lock: Path) -> None:
+    forge(lock, -10 * STALE_SECONDS)
+    assert not is_held(lock)
+    with lease(lock, refusal):
+        pass
+
+
+def test_a_full_disk_leaves_no_heartbeat_of_nobody(
+    lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(json, "dump", full)
+        told = r"no room to write .*heartbeat .*make room"
+        with pytest.raises(OSError, match=told), lease(lock, refusal):
+            pytest.fail("the block must not run")
+    with lease(lock, refusal):  # as soon as there is room
+        pass
 
 
 @pytest.mark.parametrize("born", ["another", None])

@@ -42,6 +42,10 @@ from midstream.config.data import begin_of_text_named as begin_of_text_named
 from midstream.config.data import num_ids as num_ids
 from midstream.config.data import own_begin_of_text as own_begin_of_text
 from midstream.config.data import read_tokenizer as read_tokenizer
+from midstream.config.machine import Machine as Machine
+from midstream.config.machine import SlurmResources as SlurmResources
+from midstream.config.machine import SlurmSettings as SlurmSettings
+from midstream.config.machine import StageKind as StageKind
 from midstream.config.model import DECODERS as DECODERS
 from midstream.config.model import AnyDecoderConfig as AnyDecoderConfig
 from midstream.config.model import AnyEncoderConfig as AnyEncoderConfig
@@ -63,10 +67,6 @@ from midstream.config.training import ContrastiveTraining as ContrastiveTraining
 from midstream.config.training import Evaluation as Evaluation
 from midstream.config.training import FewShot as FewShot
 from midstream.config.training import LoRA as LoRA
-from midstream.config.training import Machine as Machine
-from midstream.config.training import SlurmResources as SlurmResources
-from midstream.config.training import SlurmSettings as SlurmSettings
-from midstream.config.training import StageKind as StageKind
 from midstream.config.training import Training as Training
 from midstream.config.training import WarmupCosine as WarmupCosine
 from midstream.config.training import WarmupStableDecay as WarmupStableDecay

@@ -54,7 +54,7 @@ def plain_errors(workers: int) -> Iterator[None]:
         yield
     except Exception as error:
         if wrapped := _CAUGHT.match(str(error)):
-            raise type(error)(wrapped[2]) from error
+            raise type(error)(wrapped[2].rstrip()) from error
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         free = shutil.disk_usage(SHARED).free if SHARED.is_dir() else 0

@@ -227,7 +227,7 @@ def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
 
 
 def _gib(size: Number) -> str:
-    return rounded(size / GIB)
+    return rounded(size / GIB, 0.01)
 
 
 def _text_before(stage: Stage) -> tuple[Pretrain, float] | None:

@@ -165,7 +165,8 @@ class Worker:
         for line in self.process.stdout:
             event = event_of(line)
             if event is None:
-                with self.log.open("ab") as log:
+                # On a full disk the line is lost, and what follows it is still read.
+                with suppress(OSError), self.log.open("ab") as log:
                     log.write(line)
             elif not self.note(event):
                 self._put((self, event))

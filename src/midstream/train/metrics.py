@@ -21,7 +21,7 @@ from typing import Any
 
 from midstream.config import Machine
 from midstream.core.batch import Batch
-from midstream.core.storage import read_json, write_json
+from midstream.core.storage import read_json, room_for, write_json
 from midstream.core.tokens import TokenCount
 from midstream.cost import gpu_of_device
 from midstream.study.lease import progress_event
@@ -160,6 +160,7 @@ class MetricsLog:
             )
         # Lines behind the checkpoint belong to steps that are about to be taken again.
         os.truncate(path, position)
+        self._path = path
         self._stream = path.open("a", encoding="utf-8")
         if tracking is not None:
             tracking.begin(path, position)
@@ -169,27 +170,31 @@ class MetricsLog:
         """Bytes written so far."""
         if self._stream is None:
             return 0
-        self._stream.flush()
+        with room_for(self._path):
+            self._stream.flush()
         return self._stream.tell()
 
     def write(self, **values: Any) -> None:
         """One line; NaN is refused."""
         line = json.dumps(values, allow_nan=False) + "\n"
         if self._stream is not None:
-            self._stream.write(line)
+            with room_for(self._path):
+                self._stream.write(line)
             if self._tracking is not None:
                 self._tracking.log(values)
 
     def sync(self) -> None:
         """Bring all lines to the disk: a checkpoint must not outlive the lines it counts."""
         if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+            with room_for(self._path):
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Flush and close."""
         if self._stream is not None:
-            self._stream.close()
+            with room_for(self._path):
+                self._stream.close()
 
 
 NOTES = "tracking.json"

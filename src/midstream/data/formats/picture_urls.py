@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 from urllib.parse import quote
 
@@ -155,7 +156,9 @@ class PicturesByUrl:
 
 def _cached(folder: str) -> Path:
     """Where the index of a folder is that cannot be written to."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):  # a user without a home, as containers have them
+        caches = gettempdir()
     name = content_hash(os.path.realpath(folder).encode("utf-8", "surrogateescape")).hex()
     return Path(caches, "midstream", f"pictures-by-url-{name}.sqlite")
 
