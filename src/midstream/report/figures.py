@@ -58,6 +58,8 @@ STYLE = {
     "svg.hashsalt": "midstream",
     "pdf.fonttype": 42,
     "text.color": INK,
+    # A study's "$" is a dollar.
+    "text.parse_math": False,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
 }
