@@ -124,3 +124,10 @@ def test_planned_rates_lie_inside_their_axes() -> None:
     ]
     for axes in figure_of(lambda: curves.rates_figure(drawn, 2), curves).axes:
         require_inside(axes)
+
+
+def test_dollars_in_a_studys_words_are_no_formula() -> None:
+    words = STUDY.figure.model_copy(update={"x_label": r"cost in $\frac{1}{$"})
+    study = STUDY.model_copy(update={"figure": words})
+    groups = [group(0.5, None, {key: [0.1] for key in COLUMNS})]
+    assert figures.small_figure(study, groups, stable_panel("vision", {})).startswith(b"<?xml")

@@ -1,6 +1,8 @@
 """What a stage says of its speed."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,3 +119,17 @@ def test_a_step_that_is_not_finite_is_named_by_its_rows_and_has_no_line(
             ask()
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [2]
+
+
+def test_a_full_disk_under_the_lines_of_steps_is_told_with_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write(step=1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"no room to write .*metrics\.jsonl .*make room"):
+        log.sync()
