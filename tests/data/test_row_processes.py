@@ -37,10 +37,13 @@ def test_a_process_that_cannot_send_its_rows_ends() -> None:
     assert "rows could not be sent to the training process: Can't pickle" in ended.stderr
 
 
-def test_a_process_whose_training_process_is_gone_ends() -> None:
+@pytest.mark.parametrize("is_waited_for", [True, False])
+def test_a_process_whose_training_process_is_gone_ends(is_waited_for: bool) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    if is_waited_for:
+        gone.wait()
     assert ends(OUTLIVES, str(gone.pid)).returncode == 1
+    gone.wait()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """Where a study runs; workers side by side have GPUs of their own (what lists them is replaced)."""
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -122,6 +126,31 @@ def test_a_workers_processes_see_its_gpus_alone(
     while not events:
         time.sleep(0.01)
     assert log.read_text().strip() == printed
+
+
+# A killed worker leaves a process that holds its output, as those that load rows do.
+LEAVES_ONE = """
+import os, signal, subprocess
+print("a word", flush=True)
+subprocess.Popen(["sleep", "60"])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_was_killed_is_known_to_be_gone_whatever_it_leaves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(workers, "LEAVE_SECONDS", 0.2)
+    work, log = write_work(tmp_path / "work.json", tmp_path, Machine()), tmp_path / "log"
+    events: SimpleQueue[Any] = SimpleQueue()
+    program = [sys.executable, "-c", LEAVES_ONE]
+    worker = Worker(1, work, log, Machine(), events.put, False, program)
+    try:
+        assert events.get(timeout=30)[1] == {"event": "exit", "code": -signal.SIGKILL}
+        assert log.read_text() == "a word\n"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
 
 
 def test_a_studys_placement_counts_unless_the_run_says_otherwise(make_study: MakeStudy) -> None:

@@ -2,12 +2,12 @@
 
 import os
 import re
+import select
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -17,7 +17,6 @@ SHARED = Path("/dev/shm")
 _CAUGHT = re.compile(
     r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL
 )
-_LOOK_SECONDS = 1.0
 
 
 def watch_over(training: int, _worker: int = 0) -> None:
@@ -32,16 +31,16 @@ def watch_over(training: int, _worker: int = 0) -> None:
         sys.stderr.flush()
         os._exit(1)
 
-    def look() -> None:
-        while True:
-            try:
-                os.kill(training, 0)
-            except ProcessLookupError:
-                os._exit(1)
-            time.sleep(_LOOK_SECONDS)
+    def wait_for_its_end() -> None:
+        with suppress(ProcessLookupError):
+            ends = select.poll()
+            # Unlike its number, this tells of one that nobody has waited for yet.
+            ends.register(os.pidfd_open(training), select.POLLIN)
+            ends.poll()
+        os._exit(1)
 
     setattr(Queue, "_on_queue_feeder_error", staticmethod(lost))  # noqa: B010
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=wait_for_its_end, daemon=True).start()
 
 
 @contextmanager

@@ -104,7 +104,9 @@ class Worker:
         assert self.process.stdin is not None
         self._input = self.process.stdin
         self._put = put
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._wait, daemon=True).start()
 
     def send(self, features: str = "auto") -> None:
         """Hand over its stage; a group has it already."""
@@ -170,7 +172,12 @@ class Worker:
                     log.write(line)
             elif not self.note(event):
                 self._put((self, event))
-        self._put((self, {"event": "exit", "code": self.process.wait()}))
+
+    def _wait(self) -> None:
+        code = self.process.wait()
+        # What it started may outlive it, with its output open.
+        self._reader.join(LEAVE_SECONDS)
+        self._put((self, {"event": "exit", "code": code}))
 
 
 def event_of(line: bytes) -> Event | None:
@@ -219,12 +226,9 @@ def group_command(machine: Machine, work: Path) -> list[str]:
 
 
 def worker_environment(machine: Machine) -> dict[str, str]:
-    """This process's environment with the workers' thread counts, and no downloads unless
-    HF_HUB_OFFLINE=0 asks for them.
-
-    A child is no rank of what started this process, and a module in the folder where it runs (a
-    user's `random.py`) stands in for none of its own.
-    """
+    """This process's environment with the workers' thread counts, no downloads unless
+    HF_HUB_OFFLINE=0 asks for them, no modules of the folder where it runs (a user's `random.py`),
+    and nothing of the rank that this process may be."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     return {
         **{name: value for name, value in os.environ.items() if not OF_RANKS.fullmatch(name)},
