@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -32,11 +32,15 @@ def watch_over(training: int, _worker: int = 0) -> None:
         os._exit(1)
 
     def wait_for_its_end() -> None:
-        with suppress(ProcessLookupError):
-            ends = select.poll()
+        ends = select.poll()
+        try:
             # Unlike its number, this tells of one that nobody has waited for yet.
             ends.register(os.pidfd_open(training), select.POLLIN)
-            ends.poll()
+        except ProcessLookupError:
+            os._exit(1)
+        except OSError:  # kernels before 5.3, and some containers, know no such thing
+            return
+        ends.poll()
         os._exit(1)
 
     setattr(Queue, "_on_queue_feeder_error", staticmethod(lost))  # noqa: B010
