@@ -254,20 +254,35 @@ def test_a_half_downloaded_folder_names_every_missing_shard(tmp_path: Path) -> N
     assert list(read_tensors(tmp_path / "a")) == ["a"]
 
 
-def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> None:
-    index = in_shards(tmp_path / "a", dict(decoder_of(0).state_dict()))
+def test_an_index_may_name_more_or_fewer_tensors_but_not_others(tmp_path: Path) -> None:
+    tensors = dict(decoder_of(0).state_dict())
+    index = in_shards(tmp_path / "a", tensors)
     where = json.loads(index.read_text())["weight_map"]
     first = next(name for name, shard in where.items() if "00001" in shard)
+    extra = where | {"extra.weight": where[first]}
     without = {name: shard for name, shard in where.items() if name != first}
-    for said, told in (
-        (where | {"extra.weight": where[first]}, r"00001.* lacks extra\.weight and holds nothing"),
-        (without, f"lacks nothing and holds {first} unasked"),
+    for said in (extra, without):
+        index.write_text(json.dumps({"weight_map": said}))
+        found = read_tensors(index)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], one) for name, one in tensors.items())
+    for wrong, told in (
+        (without | {"extra.weight": where[first]}, f"lack extra.weight and hold {first} unasked"),
         ({"a": "../other.safetensors"}, "no file beside it"),
         ({}, "no 'weight_map'"),
     ):
-        index.write_text(json.dumps({"weight_map": said}))
+        index.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(ValueError, match=told):
             read_tensors(index)
+
+
+def test_of_two_shards_with_one_name_the_one_that_the_index_says_is_taken(tmp_path: Path) -> None:
+    names = ("a", "b")
+    for name, other in zip(names, reversed(names), strict=True):
+        save_file({name: torch.ones(2), other: torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: f"{name}.safetensors" for name in names}}))
+    assert all(one.tolist() == [1, 1] for one in read_tensors(index).values())
 
 
 class WantsToRun:

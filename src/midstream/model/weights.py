@@ -211,8 +211,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Of a training checkpoint (`{"model": {...}, "step": 5}`) those of its one dict of tensors,
     under names that start with its key ("model.").
 
-    Raises FileNotFoundError if a file is missing (naming every missing shard), ValueError if one
-    is broken or a shard's tensors are not those that the index names.
+    Of shards all tensors are read; an index may name more or fewer than they hold. Raises
+    FileNotFoundError if a file is missing (naming every missing shard), ValueError if one is broken
+    or the index is of other shards.
     """
     if path.is_dir():
         shards = _unlisted(path)
@@ -344,30 +345,30 @@ def _in_folder(folder: Path) -> Path:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     content = read_json(index)
-    shards: dict[str, set[str]] = {}
     where = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{index} has no 'weight_map' that says which shard holds which tensor")
     for name, shard in where.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(f"{index} puts {name} into {shard!r}, which is no file beside it")
-        shards.setdefault(shard, set()).add(name)
-    missing = [shard for shard in sorted(shards) if not (index.parent / shard).is_file()]
+    shards = sorted(set(where.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{index.parent} is half downloaded: of the {len(shards)} shards that {index.name} "
             f"names, {len(missing)} are missing: {', '.join(missing)}"
         )
     tensors: dict[str, Tensor] = {}
-    for shard, names in sorted(shards.items()):
+    for shard in shards:
         held = read_tensors(index.parent / shard)
-        if held.keys() != names:
-            lacks, holds = some(names - held.keys()), some(held.keys() - names)
-            raise ValueError(
-                f"{index.parent / shard} is not the shard that {index.name} describes: it lacks "
-                f"{lacks} and holds {holds} unasked"
-            )
-        tensors |= held
+        tensors |= {name: one for name, one in held.items() if where.get(name, shard) == shard}
+    lacks, unasked = where.keys() - tensors.keys(), tensors.keys() - where.keys()
+    # Converters leave rotary tables and tied weights in the one and not in the other.
+    if lacks and unasked:
+        raise ValueError(
+            f"{index} is not of the shards beside it: these lack {some(lacks)} and hold "
+            f"{some(unasked)} unasked; download both again"
+        )
     return tensors
 
 
