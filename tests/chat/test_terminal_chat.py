@@ -187,8 +187,8 @@ def test_line_breaks_in_an_answer_are_written_out_for_scripts(opened: OpenedMode
 def test_a_script_ends_at_quit(opened: OpenedModel) -> None:
     session = ChatSession(opened, SHORT)
     (_, console), (_, notes) = consoles(), consoles()
-    answer_lines(session, [QUESTIONS[0], "/quit", QUESTIONS[1]], console, notes)
-    assert len(session.turns) == 1
+    answer_lines(session, [f"\ufeff{QUESTIONS[0]}", "/quit", QUESTIONS[1]], console, notes)
+    assert [question for question, _ in session.turns] == [QUESTIONS[0]]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,7 @@ def test_a_script_ends_at_quit(opened: OpenedModel) -> None:
         ("\n", "line 2: the question is empty"),
         ("/rest", "line 2: there is no command '/rest'"),
         ("/image missing.png", "line 2: .*No such file"),
+        ("/image https://a.org/b.png", "line 2: .* is an address .https.; download the picture"),
     ],
 )
 def test_a_script_stops_at_the_line_that_is_refused(

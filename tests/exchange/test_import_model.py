@@ -32,6 +32,7 @@ from vision_checkpoints import build_tower, save_tower, vision_part
 
 __all__ = ["cache"]
 TOLERANCE = 1e-5
+HUB = "https://huggingface.co/"
 BIG = CONFIG.model_copy(update={"vocab_size": VOCAB_SIZE})
 
 
@@ -489,7 +490,10 @@ def test_wrong_sources_are_refused(pythia: Path, tmp_path: Path) -> None:
     for source, match in (
         ("runs/nowhere/epoch_3.pt", "epoch_3.pt does not exist"),
         ("/no/such/folder", "does not exist; give an epoch_N.pt, a folder or a hub name"),
-        ("a/b/c", "does not exist"),
+        ("a/b/c", "does not exist; give an epoch"),
+        (f"{HUB}EleutherAI/pythia-70m/tree/step9", "name: EleutherAI/pythia-70m --revision step9$"),
+        ("EleutherAI/pythia-70m@step9", "by its name: EleutherAI/pythia-70m --revision step9$"),
+        (f"{HUB}EleutherAI/pythia-70m/", "by its name: EleutherAI/pythia-70m$"),
         (pythia / "model.safetensors", "give the folder with its config.json"),
         (tmp_path / "run", r"training run; give one of .*epoch_2.pt"),
         (tmp_path / "done", "is imported already"),

@@ -1,5 +1,6 @@
 """Whole vision-language models taken apart: exports come back bit for bit, others as they are."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,53 @@ def test_a_llava_computes_what_transformers_does(tmp_path: Path) -> None:
     assert lines[-1] == (
         f"next: midstream plan own_model.fine_tuning --set model={tmp_path}/whole --set data=WORLD"
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "resize", "told"),
+    [
+        # Files that do not say what their class does by itself.
+        ({"image_processor_type": "CLIPImageProcessor"}, "crop", None),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 32}, "crop", None),
+        ({"image_processor_type": "SiglipImageProcessor", "size": {"height": 32}}, "square", None),
+        (
+            {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 40}},
+            "crop",
+            "pictures of 40 x 40; here they are 32 x 32",
+        ),
+        (
+            {"do_center_crop": True, "size": {"shortest_edge": 40}, "crop_size": {"height": 32}},
+            "crop",
+            "resizes the shorter side to 40 and cuts out 32 x 32; here all",
+        ),
+        (None, "crop", r"no preprocessor_config\.json says .* usual for its tower \(crop\)"),
+    ],
+)
+def test_pictures_are_fitted_as_the_models_processor_fits_them_or_the_user_is_told(
+    written: dict[str, Any] | None, resize: str, told: str | None, tmp_path: Path
+) -> None:
+    save_llava(tmp_path / "source")
+    (tmp_path / "source" / "processor_config.json").unlink()
+    if written is not None:
+        write_json(tmp_path / "source" / "preprocessor_config.json", written)
+    record, notes = bring(tmp_path / "source", tmp_path / "whole", part="model")
+    assert record.model is not None
+    assert record.model.encoder.transform.resize == resize  # type: ignore[union-attr]
+    found = [note for note in notes if re.search(told or "processor|its tower", note)]
+    assert len(found) == (told is not None), notes
+
+
+def test_a_llava_that_does_not_say_it_is_tied_is_told_the_setting(tmp_path: Path) -> None:
+    save_llava(tmp_path / "source")
+    weights = load_file(tmp_path / "source" / "model.safetensors")
+    weights = {name: one for name, one in weights.items() if "lm_head" not in name}
+    save_file(weights, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing lm_head\.weight;.*set tie_word_embeddings to"):
+        bring(tmp_path / "source", tmp_path / "out", part="decoder")
+    config = read_json(tmp_path / "source" / "config.json") | {"tie_word_embeddings": True}
+    write_json(tmp_path / "source" / "config.json", config)
+    record, _ = bring(tmp_path / "source", tmp_path / "out", part="decoder")
+    assert record.config.tied_embeddings  # type: ignore[union-attr]
 
 
 SIGLIP = transformers.SiglipVisionConfig(**TOWER)

@@ -82,9 +82,25 @@ def test_clips_own_colours_are_taken_where_no_processor_is_beside_it(tmp_path: P
     assert read_encoder(folder)[0].pixel_mean == (0.1, 0.2, 0.3)
 
 
-def test_a_dinov3_with_other_biases_is_refused(tmp_path: Path) -> None:
-    folder = save_tower("dinov3", tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "name"), [("dinov3", "query_bias"), ("dinov2", "qkv_bias")], ids=["dinov3", "dinov2"]
+)
+def test_a_dino_with_other_biases_is_refused(kind: str, name: str, tmp_path: Path) -> None:
+    folder = save_tower(kind, tmp_path)
     settings = read_json(folder / "config.json")
-    write_json(folder / "config.json", settings | {"query_bias": False})
-    with pytest.raises(ValueError, match="DINOv3 with query_bias False, which is not read"):
+    write_json(folder / "config.json", settings | {name: False})
+    with pytest.raises(ValueError, match=f"{kind} with {name} False, which is not read"):
+        read_encoder(folder)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_a_square_may_be_said_twice_and_another_shape_is_refused(kind: str, tmp_path: Path) -> None:
+    folder = save_tower(kind, tmp_path)
+    expected, settings = read_encoder(folder)[0], read_json(folder / "config.json")
+    side = settings["image_size"]
+    twice = {"image_size": [side, side], "patch_size": [8, 8]}
+    write_json(folder / "config.json", settings | twice)
+    assert read_encoder(folder)[0] == expected
+    write_json(folder / "config.json", settings | {"image_size": [side, 2 * side]})
+    with pytest.raises(ValueError, match=rf"image_size .{side}, {2 * side}.; only squares"):
         read_encoder(folder)

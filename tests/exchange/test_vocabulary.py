@@ -1,11 +1,14 @@
 """Tokens that come in, and the rows they get."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from midstream.data.examples import AGENT_STOP, SEPARATOR, TextCodec
 from midstream.exchange.import_model import plan_vocabulary, resize, with_mean_rows
@@ -74,6 +77,26 @@ def test_tokens_that_came_in_are_told_with_their_ids(
 def test_a_tokenizer_with_more_ids_than_rows_is_another_models() -> None:
     with pytest.raises(ValueError, match=r"ids up to 299, the model's embedding 256 rows"):
         plan_vocabulary(words(300), 256, add_tokens=[], multiple=64)
+
+
+def test_a_rule_that_begins_texts_with_no_token_is_refused() -> None:
+    tokenizer = words(20, END)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    content = json.loads(tokenizer.to_str())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": END, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {END: {"id": END, "ids": [77], "tokens": [END]}},
+    }
+    with pytest.raises(ValueError, match="puts id 77 before each text, which is none of"):
+        plan_vocabulary(Tokenizer.from_str(json.dumps(content)), 256, add_tokens=[], multiple=64)
 
 
 def test_added_tokens_behind_the_rows_get_some_whether_special_or_not() -> None:

@@ -60,6 +60,13 @@ def test_what_is_no_model_is_refused_by_name(store: Ledger, tmp_path: Path) -> N
         FileNotFoundError, match=r"is an imported folder, .* own_model\.fine_tuning"
     ):
         find_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"but a store; give .* such as .*/pretrain-"):
+        find_model(store.store)
+    with pytest.raises(FileNotFoundError, match=f"a part of one; give .*/{tiny.TEXT.name}$"):
+        find_model(store.folder(tiny.TEXT) / "milestones")
+    write_json(tmp_path / "model" / "config.json", {})
+    with pytest.raises(FileNotFoundError, match="but a model of transformers: midstream eval"):
+        find_model(tmp_path / "model")
     with pytest.raises(ValueError, match="holds no language model"):
         find_model(store.folder(tiny.WORLD))
     with pytest.raises(ValueError, match="kept no weights at 33 %; it has 20 %, 40 %"):

@@ -335,6 +335,11 @@ class ChatSession:
                 f"{self.opened.name} is a language model without an encoder, it cannot see "
                 f"{picture}; chat with an image-text or fine-tuned stage"
             )
+        # A path has one slash where an address has two.
+        if address := re.match(r"(https?|s3|gs|hf|data):/?", str(picture)):
+            raise ValueError(
+                f"{picture} is an address ({address[1]}); download the picture, and give its file"
+            )
         pixels = decode_pixels(picture.read_bytes(), str(picture), config.transform)
         return self.opened.encode(torch.from_numpy(pixels)[None])
 

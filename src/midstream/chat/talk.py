@@ -352,7 +352,9 @@ def answer_lines(
     Line breaks in an answer become `\\n`; what else there is to say goes to `notes`.
     Raises ValueError with the line's number for what is refused, an empty line among it.
     """
-    for number, line in enumerate(lines, start=1):
+    for number, read in enumerate(lines, start=1):
+        # What some editors put before a file's first character is no part of a question.
+        line = read.removeprefix("\ufeff") if number == 1 else read
         if line.strip() == QUIT:
             return
         try:

@@ -74,8 +74,8 @@ def plan_vocabulary(
     Rows that the model has to spare are used first; then rows become a multiple of `multiple`, and
     never fewer. Added tokens behind the model's last row (a pad token that was added to the
     tokenizer alone) get rows as new ones do. Raises ValueError if the tokenizer has other ids that
-    the model has no rows for (it is another model's), if there is none to add tokens to, or if a
-    token to add is empty.
+    the model has no rows for (it is another model's) or begins texts with an id that is none of its
+    own, if there is none to add tokens to, or if a token to add is empty.
     """
     if tokenizer is None:
         if add_tokens:
@@ -95,6 +95,12 @@ def plan_vocabulary(
         if not token.strip():
             raise ValueError(f"{token!r} is no token to add; give its text, such as <|agent_stop|>")
     codec = TextCodec(tokenizer)
+    begin = codec.begin_of_text
+    if begin is not None and tokenizer.id_to_token(begin) is None:
+        raise ValueError(
+            f"the tokenizer's post_processor puts id {begin:,} before each text, which is none of "
+            "its tokens; put the id that the token has there, or give another with --tokenizer"
+        )
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in add_tokens])
     after = tokenizer.get_vocab(with_added_tokens=True)
     added = [pair for pair in after.items() if pair[0] not in before or pair[0] in behind]
@@ -236,7 +242,10 @@ def _import_decoder(
             for name, tower in zip(tower_folders(vlm.config), sight.towers, strict=True):
                 _write_encoder(folder / name, source, tower._replace(dropped=()))
     named = () if known is None else (f"known family: {known.family}",)
-    told = (note for note in model.notes if sight is None or note != import_parts.LEFT_OUT)
+    seen = () if sight is None else (note for tower in sight.towers for note in tower.notes)
+    told = dict.fromkeys((*model.notes, *seen))
+    if sight is not None:
+        told.pop(import_parts.LEFT_OUT, None)
     own = None if request.tokenizer else stated_of_tokenizer(path).get("add_bos_token")
     remarks = _remarks(model.config, vocabulary, position, own)
     return record, [*named, *source.notes, *told, *conflicts, *remarks]

@@ -30,6 +30,7 @@ from midstream.exchange.towers import (
     fitting,
     inner_width,
     loaded,
+    other_sizes,
     own_tensors,
     pictures,
     stock_tensors,
@@ -192,8 +193,11 @@ def read_encoder_part(folder: Path, part: str) -> FoundTower:
     # Counted from behind, the embeddings being number 0.
     layer = layer - stated.num_hidden_layers - 1 if layer >= 0 else layer
     # Llava-NeXT resizes a whole picture whatever its shape; it pads tiles, and batches of them.
-    resize = "square" if is_next else fitting(folder)
-    config = encoder_config(stated, folder, feature_layer=layer, resize=resize)
+    config = encoder_config(stated, folder, feature_layer=layer)
+    resize = "square" if is_next else fitting(folder, config.family)
+    config = config.model_copy(update={"resize": resize})
+    if not is_next:
+        notes = (*notes, *other_sizes(folder, config.image_size, resize))
     # How the features that its projector sees differ from the patches'.
     left_out = 1 if model.config.vision_feature_select_strategy == "default" else 0
     if left_out != config.num_prefix:

@@ -26,6 +26,11 @@ from midstream.study.imported import RECORD, ImportRecord, Position
 
 NUMBERS = ("tokens_seen", "total_tokens", "rate", "peak_rate", "end_rate")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# As it stands in a browser, and as other programs write a revision.
+_HUB_ADDRESS = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://|hf\.co/)?"
+    r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:(?:/(?:tree|blob|resolve)/|@|:)(?P<revision>[^/]+)/?.*)?/?"
+)
 _FILES = (".pt", ".pth", ".bin", ".safetensors", ".json")
 
 
@@ -110,9 +115,12 @@ def locate(request: ImportRequest) -> Source:
     elif _HUB_NAME.fullmatch(request.source) and path.suffix not in _FILES:
         source = _from_hub(request)
     else:
-        raise FileNotFoundError(
-            f"{path} does not exist; give an epoch_N.pt, a folder or a hub name (owner/name)"
-        )
+        told = "give an epoch_N.pt, a folder or a hub name (owner/name)"
+        address = _HUB_ADDRESS.fullmatch(request.source)
+        if address is not None and address["name"] != request.source:
+            revision = f" --revision {address['revision']}" if address["revision"] else ""
+            told = f"a hub's model is given by its name: {address['name']}{revision}"
+        raise FileNotFoundError(f"{request.source} does not exist; {told}")
     if source.path.is_dir():
         _check_folder(source.path, request)
     elif path.suffix not in (".pt", ".pth") and (

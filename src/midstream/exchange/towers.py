@@ -5,7 +5,7 @@
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -173,10 +173,15 @@ def loaded(
     ]
     wrong = [one for one in map(str, loading["mismatched_keys"]) if needed(one)]
     if missing or wrong:
+        remedy = "Put the sizes into config.json that it has" if wrong else "Download it again"
+        if missing == ["lm_head.weight"] and not wrong:
+            remedy = (
+                "Where the output layer is tied to the embeddings, set tie_word_embeddings to true "
+                "in config.json"
+            )
         raise ValueError(
             f"{folder} is no whole {kind}: missing {_few(missing)}; mismatched {_few(wrong)}; "
-            f"unexpected {_few(sorted(loading['unexpected_keys']))}. "
-            + ("Put the sizes into config.json that it has" if wrong else "Download it again")
+            f"unexpected {_few(sorted(loading['unexpected_keys']))}. {remedy}"
         )
     return model, loading | {"stored": tuple(sorted(stored))}, notes
 
@@ -198,29 +203,30 @@ def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:
             + ", ".join(FAMILIES)
         )
     family, _ = FAMILIES[stated.model_type]
-    for name, value in TABLES["dinov3"].items() if family == "dinov3" else ():
+    for name, value in TABLES["kept"].get(family, {}).items():
         if getattr(stated, name, value) != value:
             raise ValueError(
-                f"{folder} is a DINOv3 with {name} {getattr(stated, name)!r}, which is not read; "
+                f"{folder} is a {family} with {name} {getattr(stated, name)!r}, which is not read; "
                 f"import one with {value!r}"
             )
     if getattr(stated, "num_channels", 3) != 3:
         raise ValueError(f"{folder} sees {stated.num_channels} channels; pictures have three")
     mean, std = _colours(folder, *TABLES["colours"][family])
-    patch, width, dinov2 = stated.patch_size, stated.hidden_size, family == "dinov2"
+    patch = _side(stated, "patch_size", folder)
+    width, dinov2 = stated.hidden_size, family == "dinov2"
     # NaFlex takes any grid; its positions are a square one.
     grid = family == "siglip2"
-    image_size = patch * round(stated.num_patches**0.5) if grid else stated.image_size
+    held = round(stated.num_patches**0.5) * patch if grid else _side(stated, "image_size", folder)
     gated = getattr(stated, "use_swiglu_ffn" if dinov2 else "use_gated_mlp", False)
     return EncoderConfig(
         family=family,
-        image_size=image_size,
+        image_size=held,
         patch_size=patch,
         hidden_size=width,
         num_layers=stated.num_hidden_layers,
         num_heads=stated.num_attention_heads,
         intermediate_size=int(width * stated.mlp_ratio) if dinov2 else stated.intermediate_size,
-        position_size=image_size,
+        position_size=held,
         num_registers=getattr(stated, "num_register_tokens", 0),
         ffn="swiglu" if gated else "mlp",
         hidden_act=stated.hidden_act,
@@ -229,6 +235,18 @@ def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:
         pixel_std=std,
         **seen,
     )
+
+
+def _side(stated: Any, name: str, folder: Path) -> int:
+    """The side of a square; where a configuration says it twice, once is put there, as not all
+    classes take both. ValueError for another shape."""
+    value = getattr(stated, name)
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    side = sides.pop() if len(sides) == 1 else None
+    if not isinstance(side, int) or side < 1:
+        raise ValueError(f"{folder} has a tower with {name} {value}; only squares are read")
+    setattr(stated, name, side)
+    return side
 
 
 def _colours(folder: Path, *usual: list[float]) -> tuple[tuple[float, ...], ...]:
@@ -252,14 +270,46 @@ def _colours(folder: Path, *usual: list[float]) -> tuple[tuple[float, ...], ...]
     return tuple(one / scale for one in mean), tuple(one / scale for one in std)
 
 
-def fitting(folder: Path) -> Literal["letterbox", "square", "crop"]:
-    """How a folder's own processor makes a picture square."""
+def fitting(folder: Path, family: str = "siglip") -> Literal["letterbox", "square", "crop"]:
+    """How a folder's own processor, else the usual one of a tower's family, makes a picture
+    square."""
     values = pictures(folder)
-    usual = "crop" if values.get("do_center_crop") else "square"
+    kind = values.get("image_processor_type") or values.get("feature_extractor_type") or family
+    # These crop unless they are told not to.
+    crops = values.get("do_center_crop")
+    if crops is None:
+        crops = kind.lower().startswith(("clip", "llava", "bit", "dinov2"))
     named: Literal["letterbox", "square", "crop"] = values.get(
-        "resize", "letterbox" if values.get("do_pad") else usual
+        "resize", "letterbox" if values.get("do_pad") else "crop" if crops else "square"
     )
     return named
+
+
+def other_sizes(folder: Path, side: int, resize: str) -> Iterator[str]:
+    """Sentences where a folder's own processor makes other squares than `side` and `resize`, or
+    where there is none."""
+    values = pictures(folder)
+    if not values:
+        yield (
+            "no preprocessor_config.json says how pictures become pixels; they do as is usual for "
+            f"its tower ({resize})"
+        )
+
+    def told(name: str) -> int | None:
+        size = values.get(name)
+        if isinstance(size, dict):
+            size = size.get("height", size.get("shortest_edge"))
+        return size if isinstance(size, int) else None
+
+    resized, cut = told("size"), told("crop_size") if resize == "crop" else None
+    made = resized if cut is None else cut
+    if made not in (None, side):
+        yield f"its processor makes pictures of {made} x {made}; here they are {side} x {side}"
+    elif cut is not None and resized not in (None, cut):
+        yield (
+            f"its processor resizes the shorter side to {resized} and cuts out {cut} x {cut}; here "
+            "all of the shorter side is seen"
+        )
 
 
 def pictures(folder: Path) -> dict[str, Any]:

@@ -151,15 +151,32 @@ def find_model(path: Path) -> tuple[Ledger, WithModel, float]:
             "own_model.image_shares makes"
         )
     if not (folder / "stage.json").is_file():
-        raise FileNotFoundError(
-            f"{path} is no stage of a store; give a folder such as runs/finetune-0123456789abcdef, "
-            "or a milestone in that of a text run"
-        )
+        raise FileNotFoundError(f"{path} is no stage of a store{_what_it_is(path)}")
     stage = stage_from_json((folder / "stage.json").read_bytes())
     if not isinstance(stage, WithModel):
         raise ValueError(f"{label(stage)} holds no language model; give a training stage's folder")
     completion = 1.0 if folder == path else float(path.name) / 100
     return Ledger(folder.parent), stage, completion
+
+
+def _what_it_is(path: Path) -> str:
+    """The end of an error about a folder that is no stage: what it is instead, and what to give."""
+    if (path.parent / "stage.json").is_file():
+        return f" but a part of one; give {path.parent}"
+    if (path / "config.json").is_file():
+        return (
+            " but a model of transformers: midstream eval asks it as it is, and midstream import "
+            "brings it to the recipes"
+        )
+    stages = sorted(mark.parent.name for mark in path.glob("*/stage.json"))
+    kinds = ("finetune-", "continue-", "pretrain-", "loadmodel-", "loaddecoder-")
+    models = [name for kind in kinds for name in stages if name.startswith(kind)]
+    if models:
+        return f" but a store; give one of its stages, such as {path / models[0]}"
+    return (
+        "; give a folder such as runs/finetune-0123456789abcdef, or a milestone in that of a text "
+        "run"
+    )
 
 
 def evaluations(opened: OpenedModel) -> list[Evaluate]:
