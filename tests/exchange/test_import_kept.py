@@ -135,6 +135,34 @@ def test_what_others_save_is_called_what_it_is(tmp_path: Path, file: str, told: 
         bring(tmp_path / "source")
 
 
+@pytest.mark.parametrize("name", ["ft-model-00001-of-00001.safetensors", "pytorch_model_fsdp.bin"])
+def test_a_model_under_another_name_is_read_under_the_one_that_is_told(
+    name: str, source: Path
+) -> None:
+    path = source / "model.safetensors"
+    torch.save({"state": {}}, source / "optimizer.bin")
+    torch.save(load_file(path), source / name) if ".bin" in name else shutil.copy(
+        path, source / name
+    )
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"if {name} is the whole model, call it") as caught:
+        bring(source)
+    (source / name).rename(source / str(caught.value).split()[-1])
+    assert bring(source)[0].kind == "decoder"
+
+
+def test_settings_that_are_no_json_are_named(source: Path) -> None:
+    path = source / "tokenizer_config.json"
+    path.write_text('{"add_bos_token": ')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON \(line 1"):
+        bring(source)
+    path.unlink()
+    path = source / "config.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    with pytest.raises(ValueError, match=r"config\.json begins with a byte order mark, .* without"):
+        bring(source)
+
+
 def test_a_link_to_nothing_and_a_tower_of_timm_are_named(source: Path) -> None:
     (source / "model.safetensors").unlink()
     (source / "model.safetensors").symlink_to(source / "blobs" / "gone")

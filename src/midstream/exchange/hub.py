@@ -1,5 +1,6 @@
 """Folders of Hugging Face, brought here and seen to be whole."""
 
+import codecs
 import filecmp
 import fnmatch
 import os
@@ -264,10 +265,16 @@ def read_config(folder: Path) -> Any:
     """The configuration in a folder, as `transformers` reads it; ValueError if it cannot."""
     from transformers import AutoConfig
 
+    path = folder / "config.json"
+    if path.is_file() and path.read_bytes().startswith(codecs.BOM_UTF8):
+        raise ValueError(
+            f"{path} begins with a byte order mark, which transformers does not read; save it as "
+            "UTF-8 without one"
+        )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"transformers cannot read {folder / 'config.json'}: {error}") from None
+        raise ValueError(f"transformers cannot read {path}: {error}") from None
 
 
 def read_decoder(folder: Path) -> LanguageModel:

@@ -263,10 +263,10 @@ def _add_stated(tokenizer: Tokenizer, folder: Path) -> None:
     stated: dict[int, AddedToken] = {}
     path = folder / "added_tokens.json"
     older = read_json(path) if path.is_file() else {}
+    listed = stated_of_tokenizer(folder).get("added_tokens_decoder") or {}
     try:
         for token, number in older.items():
             stated[int(number)] = AddedToken(token, special=True, normalized=False)
-        listed = stated_of_tokenizer(folder).get("added_tokens_decoder") or {}
         for number, told in listed.items():
             words = {key: value for key, value in told.items() if key not in ("content", "__type")}
             stated[int(number)] = AddedToken(told["content"], **words)

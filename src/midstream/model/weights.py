@@ -28,6 +28,8 @@ from midstream.core.storage import THREADS, read_json, write_bytes
 
 WEIGHTS = "model.safetensors"
 _INDEX = ".index.json"
+# A file that may be a whole model under another name, and none of a trainer's others.
+_WHOLE = re.compile(r"(?!optim|sched|rng|training|scaler)\w.*\.(safetensors|bin|pth?|ckpt)", re.I)
 # Of tensors that do not fit, an error names so many of each kind.
 _SHOWN = 3
 
@@ -336,10 +338,15 @@ def _in_folder(folder: Path) -> Path:
         kept = kept[1:]
     if kept:
         return kept[0]
-    held = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
+    held = sorted(item.name for item in folder.iterdir())
+    others = [name for name in held if _WHOLE.fullmatch(name)]
+    remedy = "was it downloaded to its end?"
+    if len(others) == 1:
+        usual = WEIGHTS if others[0].endswith(".safetensors") else "pytorch_model.bin"
+        remedy = f"if {others[0]} is the whole model, call it {usual}"
     raise FileNotFoundError(
         f"{folder} holds neither {WEIGHTS} nor pytorch_model.bin, nor an index of shards of "
-        f"them, only {held}; was it downloaded to its end?"
+        f"them, only {', '.join(held) or 'nothing'}; {remedy}"
     )
 
 
