@@ -96,7 +96,11 @@ _PYTHIA_PEAKS = {
     **{"70m": 1e-3, "160m": 6e-4, "410m": 3e-4, "1.4b": 2e-4},
     **{"2.8b": 1.6e-4, "6.9b": 1.2e-4, "12b": 1.2e-4},
 }
-_PYTHIA_OTHERS = r"(14m|31m|1b(-deduped)?|(160m|410m|1\.4b)-v0)"
+# The cards of PolyPythias (-seed1 to -seed9) say the tokens and the steps, no rate.
+_PYTHIA_OTHERS = (
+    r"(14m|31m|1b(-deduped)?|(160m|410m|1\.4b)-v0|"
+    r"(14m|31m|70m|160m|410m)-seed[1-9]|160m-(data|weight)-seed[1-3])"
+)
 
 
 def _pythia(sizes: str, peak: float | None) -> Run:
@@ -213,6 +217,8 @@ RUNS = (
     _olmo2_stage2("0425-1B", 512 * 4_096, (1_907_359, 23_852), 7.4487e-5),
     _olmo2_stage2("1124-7B", 1_024 * 4_096, (928_646, 11_931), 6.1499e-5),
     Run("OLMo 2", r"allenai/OLMo-2-0325-32B", _OLMO2_STAGE1, None),
+    # Steps 0 to 37,000; nobody says whether the rates are those of 1B.
+    Run("OLMo 2", r"allenai/OLMo-2-0425-1B-early-training", _OLMO2_STAGE1, 512 * 4_096),
     _smollm2("135M", 64 * 8 * 2_048, 3e-3, 1_600_000, 2_000_000),
     _smollm2("360M", 128 * 6 * 2_048, 3e-3, 2_080_000, 2_600_000),
     _smollm2("1.7B", 256 * 4 * 2_048, 5e-4, 4_716_000, 5_240_000),
