@@ -9,6 +9,7 @@ from torch import Tensor
 
 from answerers import run_text_tasks
 from midstream.config import GatedBlocks, PatchProjection, ProjectorConfig, VLMConfig
+from midstream.core.storage import read_json, write_json
 from midstream.data.examples import TextCodec, conversation_example, question_ids
 from midstream.eval import text
 from midstream.eval.predict import ModelAnswerer
@@ -150,6 +151,39 @@ def test_a_decoder_of_transformers_becomes_a_folder_of_its_own_class_without_cod
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert report.largest_difference <= 1e-5
     assert report.num_parameters == decoder.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "older"),
+    [
+        ("olmo2", {"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        (
+            "gpt_neox",
+            {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": 0.5},
+            {"rotary_emb_base": 5e3, "rotary_pct": 0.5},
+        ),
+        (
+            "llama",
+            {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+    ],
+)
+def test_rotary_settings_stand_by_the_names_of_older_programs_too(
+    kind: str, rope: dict[str, Any], older: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    decoder = stock(kind, rope_parameters=dict(rope))
+    written(tmp_path / "out", VLMConfig(decoder=decoder), codec())
+    held = read_json(tmp_path / "out" / "config.json")
+    assert {name: held.get(name) for name in older} == older
+    assert ("rope_scaling" in held) == ("rope_scaling" in older)
+    expected = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
+    assert expected["rope_parameters"] == rope == held.pop("rope_parameters")
+    # Alone they say the same.
+    write_json(tmp_path / "out" / "config.json", held)
+    assert AutoConfig.from_pretrained(tmp_path / "out").to_dict() == expected
 
 
 @pytest.mark.parametrize("begins", [True, False])

@@ -38,6 +38,7 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.core.batch import IGNORE, Batch
+from midstream.core.storage import read_json
 from midstream.core.tokens import TokenCount
 from midstream.data.examples import (
     Example,
@@ -149,6 +150,13 @@ def test_stock_llava_says_how_far_unrounded_features_take_it(tmp_path: Path) -> 
     _, _, report = written(tmp_path / "out", STOCK["siglip"], codec())
     assert 1e-5 < report.largest_difference < 0.1
     assert any("not rounded as in training" in note for note in report.notes)
+
+
+def test_the_language_model_in_a_stock_llava_says_what_others_ask_of_it(tmp_path: Path) -> None:
+    written(tmp_path / "out", STOCK["clip"], codec())
+    text = read_json(tmp_path / "out" / "config.json")["text_config"]
+    assert text["architectures"] == ["LlamaForCausalLM"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"]
 
 
 @pytest.mark.parametrize("name", ["siglip", "the decoder is OpenLM's"])

@@ -158,6 +158,11 @@ def test_settings_that_are_no_json_are_named(source: Path) -> None:
         bring(source)
     path.unlink()
     path = source / "config.json"
+    edit(path, attention_dropout=0.1)
+    with pytest.raises(ValueError, match=r"/config\.json: this llama model has attention_dropout"):
+        bring(source)
+    edit(path, attention_dropout=0.0)
+    assert bring(source)[0].kind == "decoder"
     path.write_text(path.read_text(), encoding="utf-8-sig")
     with pytest.raises(ValueError, match=r"config\.json begins with a byte order mark, .* without"):
         bring(source)

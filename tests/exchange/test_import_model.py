@@ -487,6 +487,7 @@ def test_an_out_that_holds_something_else_is_left_alone(pythia: Path, tmp_path: 
 def test_wrong_sources_are_refused(pythia: Path, tmp_path: Path) -> None:
     Run(tmp_path / "run", state_of()).write()
     bring(pythia, tmp_path / "done")
+    write_json(tmp_path / "stage" / "stage.json", {})
     for source, match in (
         ("runs/nowhere/epoch_3.pt", "epoch_3.pt does not exist"),
         ("/no/such/folder", "does not exist; give an epoch_N.pt, a folder or a hub name"),
@@ -497,6 +498,7 @@ def test_wrong_sources_are_refused(pythia: Path, tmp_path: Path) -> None:
         (pythia / "model.safetensors", "give the folder with its config.json"),
         (tmp_path / "run", r"training run; give one of .*epoch_2.pt"),
         (tmp_path / "done", "is imported already"),
+        (tmp_path / "stage", "is a stage of a store.*what midstream export writes"),
     ):
         refused(source, tmp_path / "out", match)
     refused(pythia, tmp_path / "out", r"has no revisions; leave --revision step7", revision="step7")

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 
 from midstream.config import EncoderConfig, TransformersDecoderConfig, VLMConfig
-from midstream.core.storage import write_bytes, write_json
+from midstream.core.storage import read_json, write_bytes, write_json
 from midstream.data.examples import IMAGE_MARK, SEPARATOR, TextCodec, begins_with, question_ids
 from midstream.exchange.towers import own_name, own_tensors, stock_tensors
 from midstream.model.decoder import Decoder
@@ -124,6 +124,8 @@ def text_config(decoder: Decoder | TransformersDecoder, codec: TextCodec) -> Any
     """The decoder's configuration as `transformers` has it, with the codec's special ids."""
     if isinstance(decoder, TransformersDecoder):
         config = transformers_config(decoder.config)
+        # Whoever runs a part of a whole model by itself asks which class it has.
+        config.architectures = [type(decoder.model).__name__]
     else:
         from midstream.exchange.modeling.modeling_openlm import OpenLMConfig
 
@@ -208,12 +210,33 @@ def finish(
         **({"suppress_tokens": list(suppressed)} if suppressed else {}),
     )
     model.save_pretrained(folder)
+    _add_older_names(folder / "config.json")
     for weights_file in folder.glob("*.safetensors"):
         # They are written for their owner's eyes only.
         weights_file.chmod((folder / "config.json").stat().st_mode)
     _check_tokenizer(folder, codec, config, chats=chats)
     again: nn.Module = type(model).from_pretrained(folder, dtype=torch.float32)
     return again.eval()
+
+
+def _add_older_names(path: Path) -> None:
+    """Say the rotary settings in a config.json by the names of transformers 4 as well: it, and
+    programs built on it, silently turn by base 10,000 where they find `rope_parameters` alone."""
+    content = read_json(path)
+    for settings in (content, content.get("text_config", {})):
+        rope = dict(settings.get("rope_parameters") or {})
+        is_neox = settings.get("model_type") == "gpt_neox"
+        base, part = (
+            ("rotary_emb_base", "rotary_pct")
+            if is_neox
+            else ("rope_theta", "partial_rotary_factor")
+        )
+        for name, older in (("rope_theta", base), ("partial_rotary_factor", part)):
+            if name in rope:
+                settings[older] = rope.pop(name)
+        if rope.get("rope_type", "default") != "default":
+            settings["rope_scaling"] = rope
+    write_json(path, content)
 
 
 def no_llava(config: VLMConfig) -> str | None:

@@ -277,6 +277,19 @@ def read_config(folder: Path) -> Any:
         raise ValueError(f"transformers cannot read {path}: {error}") from None
 
 
+def described(stated: Any, folder: Path) -> TransformersDecoderConfig:
+    """Our configuration of one of the library's; ValueError names the file where it cannot be."""
+    told = folder / "config.json"
+    try:
+        return describe(stated)
+    except ValueError as error:
+        raise ValueError(f"{told}: {error}") from None
+    except Exception as error:  # whatever the library's own code raises
+        raise ValueError(
+            f"{told}: transformers can make no model of it ({type(error).__name__}: {error})"
+        ) from None
+
+
 def read_decoder(folder: Path) -> LanguageModel:
     """A causal language model of `transformers`; tensors keep the file's dtype.
 
@@ -288,15 +301,7 @@ def read_decoder(folder: Path) -> LanguageModel:
     if rows is not None and (getattr(stated, "pad_token_id", None) or 0) >= rows:
         # A pad token that the tokenizer alone was given; transformers makes no model with it.
         stated.pad_token_id = None
-    try:
-        config = describe(stated)
-    except ValueError:
-        raise
-    except Exception as error:  # whatever the library's own code raises
-        raise ValueError(
-            f"{folder / 'config.json'}: transformers can make no model of it "
-            f"({type(error).__name__}: {error})"
-        ) from None
+    config = described(stated, folder)
     with torch.device("meta"):
         decoder = TransformersDecoder(config)
     known = decoder.state_dict().keys()

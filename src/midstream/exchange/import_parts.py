@@ -23,7 +23,13 @@ from midstream.config import (
     VLMConfig,
 )
 from midstream.core.storage import read_json
-from midstream.exchange.hub import LanguageModel, decoder_tensors, read_config, unwrapped
+from midstream.exchange.hub import (
+    LanguageModel,
+    decoder_tensors,
+    described,
+    read_config,
+    unwrapped,
+)
 from midstream.exchange.towers import (
     FoundTower,
     encoder_config,
@@ -36,7 +42,7 @@ from midstream.exchange.towers import (
     stock_tensors,
 )
 from midstream.model.decoder import Decoder
-from midstream.model.pretrained import TransformersDecoder, describe, with_vocabulary
+from midstream.model.pretrained import TransformersDecoder, with_vocabulary
 from midstream.model.vision import build_encoder
 from midstream.model.weights import check, read_tensors
 
@@ -104,7 +110,8 @@ def read_decoder_part(folder: Path) -> LanguageModel:
         text = model.config.text_config
         # Who ties is said for the whole model.
         text.tie_word_embeddings = model.config.tie_word_embeddings
-        config, tensors = describe(text), dict(model.model.language_model.state_dict())
+        config = described(text, folder)
+        tensors = dict(model.model.language_model.state_dict())
         tensors["lm_head.weight"] = model.lm_head.weight.detach()
         tensors = decoder_tensors(config, tensors, folder)
     token = int(content.get("image_token_id", content.get("image_token_index", -1)))
@@ -139,7 +146,7 @@ def _own_decoder(
     if settings["model_type"] != OWN_TEXT:
         from transformers import AutoConfig
 
-        config = describe(AutoConfig.for_model(**settings))
+        config = described(AutoConfig.for_model(**settings), folder)
         return config, decoder_tensors(config, inner, folder)
     ours = DecoderConfig(
         num_layers=settings["num_hidden_layers"],

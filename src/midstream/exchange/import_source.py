@@ -162,6 +162,11 @@ def _from_hub(request: ImportRequest) -> Source:
 def _check_folder(path: Path, request: ImportRequest) -> None:
     if (path / RECORD).is_file():
         raise ValueError(f"{path} is imported already; give it to a recipe")
+    if (path / "stage.json").is_file():
+        raise ValueError(
+            f"{path} is a stage of a store, which recipes start from as it is; to import it, give "
+            "what midstream export writes of it"
+        )
     if list(path.glob("**/epoch_*.pt")):
         return
     bare = request.num_heads is not None and not (path / "config.json").is_file()

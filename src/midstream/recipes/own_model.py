@@ -217,6 +217,8 @@ def _asked(root: Path, limit: int, max_new_tokens: int) -> Evaluation:
 def _prepare(root: Path, checkpoint: Path, begin_of_text: str) -> Prepare:
     path = checkpoint / "tokenizer.json"
     if not path.is_file():
+        # A folder that is none is told first.
+        read_import(checkpoint)
         raise FileNotFoundError(
             f"{checkpoint} has no tokenizer.json; import it again with --tokenizer"
         )
