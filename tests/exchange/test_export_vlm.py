@@ -22,6 +22,7 @@ from exported import (
     stock,
 )
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 import answerers
@@ -152,8 +153,16 @@ def test_stock_llava_says_how_far_unrounded_features_take_it(tmp_path: Path) -> 
     assert any("not rounded as in training" in note for note in report.notes)
 
 
-def test_the_language_model_in_a_stock_llava_says_what_others_ask_of_it(tmp_path: Path) -> None:
-    written(tmp_path / "out", STOCK["clip"], codec())
+@pytest.mark.parametrize("kind", ["clip", "siglip, last block, linear, tied"])
+def test_a_stock_llava_says_what_others_ask_of_it(kind: str, tmp_path: Path) -> None:
+    written(tmp_path / "out", STOCK[kind], codec())
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as stored:
+        names = set(stored.keys())
+    starts = {".".join(name.split(".")[:2]) for name in names}
+    vision = {"vision_tower.vision_model"}
+    projector = {f"multi_modal_projector.linear_{number}" for number in (1, 2)}
+    words = {"language_model.model"} | ({"language_model.lm_head"} if kind == "clip" else set())
+    assert starts == vision | projector | words
     text = read_json(tmp_path / "out" / "config.json")["text_config"]
     assert text["architectures"] == ["LlamaForCausalLM"]
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"]

@@ -209,7 +209,7 @@ def finish(
         pad_token_id=codec.end_of_text,
         **({"suppress_tokens": list(suppressed)} if suppressed else {}),
     )
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=_with_older_names(model.state_dict(), config))
     _add_older_names(folder / "config.json")
     for weights_file in folder.glob("*.safetensors"):
         # They are written for their owner's eyes only.
@@ -217,6 +217,17 @@ def finish(
     _check_tokenizer(folder, codec, config, chats=chats)
     again: nn.Module = type(model).from_pretrained(folder, dtype=torch.float32)
     return again.eval()
+
+
+def _with_older_names(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """A Llava's tensors as those of all published ones are named: transformers from 5.6 on has no
+    `vision_model` inside a CLIP's or SigLIP's tower any more, and older ones, and programs that
+    read its files, find no tower without."""
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if tower not in ("clip_vision_model", "siglip_vision_model"):
+        return state
+    start = "model.vision_tower."
+    return {name.replace(start, f"{start}vision_model.", 1): one for name, one in state.items()}
 
 
 def _add_older_names(path: Path) -> None:

@@ -242,9 +242,9 @@ def _import_decoder(
             for name, tower in zip(tower_folders(vlm.config), sight.towers, strict=True):
                 _write_encoder(folder / name, source, tower._replace(dropped=()))
     named = () if known is None else (f"known family: {known.family}",)
-    seen = () if sight is None else (note for tower in sight.towers for note in tower.notes)
-    told = dict.fromkeys((*model.notes, *seen))
+    told = dict.fromkeys(model.notes)
     if sight is not None:
+        told |= dict.fromkeys(note for tower in sight.towers for note in tower.notes)
         told.pop(import_parts.LEFT_OUT, None)
     own = None if request.tokenizer else stated_of_tokenizer(path).get("add_bos_token")
     remarks = _remarks(model.config, vocabulary, position, own)
