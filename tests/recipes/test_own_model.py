@@ -226,6 +226,8 @@ def test_what_does_not_fit_is_refused_by_name(folders: dict[str, str], world: st
         study(folders, world, encoders=(folders["llama"],))
     with pytest.raises(FileNotFoundError, match=r"no imported folder .*midstream import SRC"):
         study(folders, world, checkpoint=world)
+    with pytest.raises(FileNotFoundError, match=r"nowhere is no imported folder"):
+        fine_tuning(model="nowhere", data=world)
     with pytest.raises(ValueError, match="without encoders patches are projected"):
         study(folders, world, encoders=())
     with pytest.raises(FileNotFoundError, match="holds no source under documents; a source"):
