@@ -417,8 +417,8 @@ def test_a_png_with_a_large_profile_is_read() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "cannot identify"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "cannot identify"),
+        (b"", "begins with b''"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "begins with b'<!DOCTYPE"),
         (png_of_size(9000, 9000), f"9000x9000 pixels are more than {MAX_PIXELS:,}"),
         (png_of_size(60_000, 60_000), "pixels"),
         (png_of_size(3, MAX_SIDE + 1), f"3x{MAX_SIDE + 1}: a side is longer than {MAX_SIDE:,}"),
@@ -441,7 +441,7 @@ def test_what_is_no_usable_picture_is_refused_with_record_and_reason(
 def test_a_refusal_reads_the_same_every_time() -> None:
     messages = set()
     for _ in range(3):
-        with pytest.raises(ValueError, match="cannot identify") as caught:
+        with pytest.raises(ValueError, match="it begins with") as caught:
             decode(b"no picture", "x")
         messages.add(str(caught.value))
     assert len(messages) == 1

@@ -154,8 +154,9 @@ def require_folder(path: Path, remedy: str) -> None:
         raise NotADirectoryError(
             f"{path} is a link to {path.readlink()}, which is not there; {remedy}"
         )
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file, not a folder; {remedy}")
+    there = next((one for one in (path, *path.absolute().parents) if one.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, not a folder; {remedy}")
 
 
 def can_write(folder: Path) -> bool:

@@ -115,7 +115,8 @@ def open_picture(data: bytes) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from None
+        known = ", ".join(FORMATS)
+        raise ValueError(f"it begins with {data[:16]!r}, as none of {known} does") from None
     if picture.format not in FORMATS:
         raise ValueError(f"{picture.format} is none of {', '.join(FORMATS)}")
     return within_limits(picture)

@@ -24,7 +24,7 @@ from midstream.core.storage import (
     write_bytes,
     write_json,
 )
-from midstream.data.columns import SHARD_INDEX
+from midstream.data.columns import MADE_FROM, SHARD_INDEX
 from midstream.data.examples import TextCodec
 from midstream.data.formats.beside import FILES, samples_beside
 from midstream.data.formats.copies import refuse_twin_samples, refuse_twins
@@ -94,6 +94,8 @@ def plan_source(
     out, root = out.absolute(), os.path.abspath(root) if root else ""
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"the validation share is 0 or more, below 1, not {validation_fraction}")
+    if not all((*sources, options.images is None or options.images)):
+        raise ValueError("the name of a source, or of --images, is empty; is a variable not set?")
     if options.images is not None:
         options = replace(options, images=_absolute(options.images))
     absolute = tuple(_absolute(source) for source in sources)
@@ -116,6 +118,8 @@ def plan_source(
     )
     wanted = wanted_shards(job, units)
     _refuse_twins(wanted)
+    if by_command and share is None:
+        _refuse_to_replace(job, wanted)
     return SourcePlan(job, absolute, tuple(units), tuple(wanted), tokenizer, codec.size)
 
 
@@ -260,10 +264,31 @@ def _check_units(units: Sequence[Unit], sources: Sequence[str], out: Path) -> No
 def _refuse_twins(wanted: Sequence[Todo]) -> None:
     stamps = [zip(item.unit.files, item.made_from["stamps"], strict=True) for item in wanted]
     sizes = {file: int(stamp[0] or 0) for part in stamps for file, stamp in part if stamp}
-    lone = {item.unit.files[0] for item in wanted if item.unit.format != FILES}
+    lone = {file for item in wanted if item.unit.format != FILES for file in item.unit.files}
     refuse_twins({file: size for file, size in sizes.items() if file in lone})
     beside = (sample for item in wanted for sample in samples_beside(item.unit))
     refuse_twin_samples((files for files in beside if sizes.keys() >= {*files}), sizes)
+
+
+def _refuse_to_replace(job: Job, wanted: Sequence[Todo]) -> None:
+    """Raises ValueError if `job.out` holds a finished source of another kind, or of none of these
+    files, whose own are where they were: it would be removed."""
+    if not (job.out / INDEX).is_file():
+        return
+    made = [read_json(path) for path in sorted(job.shards.glob(f"*/{MADE_FROM}"))]
+    held = [file for one in made for file in one["unit"]["files"]]
+    sections = {one["section"] for one in made} - {job.section}
+    asked = {file for item in wanted for file in item.unit.files}
+    if sections or (asked.isdisjoint(held) and any(map(_is_there, held[:1]))):
+        what = f"{next(iter(sections), job.section)} from {name_some(map(job.short, held), 2)}"
+        raise ValueError(
+            f"{job.out} holds a source that is prepared, {what}, and would be replaced; give "
+            "another --out (one source is made of all its files at once), or remove that folder"
+        )
+
+
+def _is_there(file: str) -> bool:
+    return is_url(file) or os.path.exists(file)
 
 
 def unread_of(plan: SourcePlan, notice: Callable[[str], None]) -> dict[str, Any]:
@@ -272,7 +297,10 @@ def unread_of(plan: SourcePlan, notice: Callable[[str], None]) -> dict[str, Any]
     found = (job.short(file) for file in unread_files(job.section, plan.sources, units))
     # Names may be bytes that are no UTF-8.
     names = [name.encode("utf-8", "backslashreplace").decode() for name in found]
-    for note in notes_on(job.section, names, [job.short(unit.files[0]) for unit in units]):
+    # Of samples beside each other one file a unit is enough.
+    listed = (unit.files[:1] if unit.format == FILES else unit.files for unit in units)
+    read = [job.short(file) for files in listed for file in files]
+    for note in notes_on(job.section, names, read):
         notice(note)
     circles: list[str] = []
     for folder in (source for source in plan.sources if os.path.isdir(source)):

@@ -100,7 +100,7 @@ def units_of(section: Section, sources: Sequence[str], options: ReadOptions) -> 
             units = conversation_units(sources, options)
         case "text":
             units = text_units(sources)
-    for path, times in Counter(unit.files[0] for unit in units if not unit.first).items():
+    for path, times in Counter(x for unit in units if not unit.first for x in unit.files).items():
         if times > 1:
             raise ValueError(f"{path} is given {times} times; give each file once")
     for path in (unit.files[0] for unit in units if unit.files[0].endswith(f"/{MADE_FROM}")):

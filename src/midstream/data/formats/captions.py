@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
+from urllib.parse import unquote
 
 from midstream.data.formats.beside import TEXTS
 from midstream.data.formats.files import (
@@ -37,6 +38,8 @@ from midstream.data.source_writer import Reject
 
 # How JPEG, PNG, WebP and GIF begin in base64; no name of a file is so long and begins so.
 _BASE64, _BASE64_CHARACTERS = ("/9j/", "_9j_", "iVBORw0KGgo", "UklGR", "R0lGOD"), 64
+# Such bytes as Python shows them: str(base64.b64encode(data)).
+_BYTES = re.compile(r"b'([A-Za-z0-9+/]{64,}=*)'")
 # Where a picture stands in an object or a table, the first of them that is there.
 PICTURE_KEYS = (
     *("file_name", "image", "images", "image_bytes", "img", "jpg", "jpeg", "png", "webp"),
@@ -260,18 +263,21 @@ def load_range(
 ) -> Picture | Reject:
     """Up to `size` bytes from `first` on of what `load_picture` would load.
 
-    Where no file has the name it may have / for \\ (lists of Windows), or the same letters in
-    another form of Unicode (files of macOS).
+    Where no file has the name it may have / for \\ (lists of Windows), the same letters in another
+    form of Unicode (files of macOS), its characters as in an address (%20), or, on a local disk,
+    the end in letters of the other case (.JPG of cameras).
     """
     found = _load_range(roots, name, first, size, where)
     if "\\" in name and _is_missing(found):
         name = name.replace("\\", "/")
         found = _load_range(roots, name, first, size, where)
-    if not name.isascii() and _is_missing(found):
-        others = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")} - {name}
-        again = (_load_range(roots, other, first, size, where) for other in sorted(others))
-        return next((one for one in again if not _is_missing(one)), found)
-    return found
+    if not _is_missing(found):
+        return found
+    stem, end = os.path.splitext(name)
+    others = {unquote(name), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))}
+    others |= set() if is_url(roots[0]) else {stem + end.lower(), stem + end.upper()}
+    again = (_load_range(roots, other, first, size, where) for other in sorted(others - {name}))
+    return next((one for one in again if isinstance(one, Picture)), found)
 
 
 def _is_missing(found: Picture | Reject) -> bool:
@@ -314,6 +320,8 @@ def picture_in(value: object) -> str | bytes | None:
         value = _held_in(value)
     if not isinstance(value, str):
         return value if isinstance(value, bytes) else None
+    if (repr_of := _BYTES.fullmatch(value)) is not None:
+        value = repr_of[1]
     alone = value.startswith(_BASE64) and len(value) >= _BASE64_CHARACTERS
     if not alone and value[:5].lower() != "data:":
         return value

@@ -6,10 +6,12 @@ Lines are numbered from 1, rows of parquet files from 0.
 import gzip
 import io
 import json
+import os
 import re
 import zlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from midstream.data.formats.files import (
     find_files,
     folder_of,
     full_name,
+    is_url,
     join,
     read_head,
     read_lines,
@@ -46,6 +49,7 @@ from midstream.data.formats.records import (
     scan_tar,
 )
 from midstream.data.formats.tables import columns_of, refuse_splits, table_rows
+from midstream.data.remote import RemoteError
 from midstream.data.source_writer import Reject
 
 MANIFEST = "manifest.jsonl"
@@ -139,19 +143,25 @@ def _read_manifest(path: str) -> dict[str, int] | None:
 NO_TEXT = "no text"
 _LINES = "write its documents as lines of a .jsonl file"
 MAX_DOCUMENT_BYTES = 256 * 2**20
+# Small files are worth no shard of their own.
+_UNIT_FILES, _UNIT_BYTES = 1000, 64 * 2**20
 
 Item = TextRecord | TokenRecord | Reject
 
 
 def text_units(sources: Sequence[str]) -> list[Unit]:
-    """The work that `sources` (files, folders, patterns, `fsspec` URLs) make, one unit a file.
+    """The work that `sources` (files, folders, patterns, `fsspec` URLs) make.
 
-    The format follows from a file's name. `manifest.jsonl` stands for the tokenised shards that it
-    lists; `last` of their units is the number of chunks that it promises. Raises FileNotFoundError
-    for what is not there, a listed shard too, and ValueError for a file of an unknown format, a
-    shard that the manifest beside it does not list, and a .tar of something else.
+    A file is one unit, but plain texts of a local disk beside each other make one together, up to
+    `_UNIT_FILES` and `_UNIT_BYTES`. The format follows from a file's name.
+    `manifest.jsonl` stands for the tokenised shards that it lists; `last` of their units is the
+    number of chunks that it promises. Raises FileNotFoundError for what is not there, a listed
+    shard too, and ValueError for a file of an unknown format, a shard that the manifest beside it
+    does not list, and a .tar of something else.
     """
-    return [unit for source in sources for unit in _units(source)]
+    units = [unit for source in sources for unit in _units(source)]
+    runs = groupby(units, key=lambda unit: unit.format == "txt" and not is_url(unit.files[0]))
+    return [unit for are_plain, run in runs for unit in (_together(run) if are_plain else run)]
 
 
 def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
@@ -201,6 +211,20 @@ def _units(source: str) -> list[Unit]:
     return units
 
 
+def _together(units: Iterable[Unit]) -> Iterator[Unit]:
+    """Units of a file each as ones that are worth a shard."""
+    held, held_bytes = list[str](), 0
+    for file in (unit.files[0] for unit in units):
+        # One that cannot be opened is told when it is read.
+        size = os.path.getsize(file) if os.path.exists(file) else 0
+        if held and (len(held) == _UNIT_FILES or held_bytes + size > _UNIT_BYTES):
+            yield Unit("txt", tuple(held))
+            held, held_bytes = [], 0
+        held.append(file)
+        held_bytes += size
+    yield Unit("txt", tuple(held))
+
+
 def _refuse_index(files: Sequence[str]) -> None:
     """Raises ValueError for the index that MosaicML's and Lightning's writers put beside shards."""
     for path in files:
@@ -233,8 +257,8 @@ def _format(path: str) -> str:
     if found is None:
         known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
         raise ValueError(
-            f"{path} is of no known format of texts, by its name or how it begins; name it as what "
-            f"it is, known are {known}"
+            f"{path} is of no known format of texts, by its name or how it begins; known are "
+            f"{known}; name it so if it is one of these, or write its texts as lines of JSON"
         )
     return found
 
@@ -252,6 +276,9 @@ def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:
             yield _document(where, text)
         else:
             has = f"{key!r} is no text" if parts[0] in found else f"its keys are {list(found)}"
+            lists = ((name, x) for name, x in found.items() if isinstance(x, list) and x)
+            if held := [name for name, x in lists if isinstance(_inside(x[0], parts), str)]:
+                has = f"it is a record of records: write the list under {held[0]!r} alone"
             yield Reject(where, NO_TEXT, has[:200])
 
 
@@ -303,7 +330,19 @@ def _from_column(where: str, value: pyarrow.Scalar, inner: Sequence[str]) -> Ite
 
 
 def _read_txt(unit: Unit, options: ReadOptions) -> Iterator[Item]:
-    path = unit.files[0]
+    problems: list[str] = []
+    for path in unit.files:
+        try:
+            yield from _documents_of(path)
+        except RemoteError:
+            raise
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n  ".join(problems))
+
+
+def _documents_of(path: str) -> Iterator[Item]:
     size = size_of(path)
     if size > MAX_DOCUMENT_BYTES:
         raise ValueError(

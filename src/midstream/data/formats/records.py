@@ -194,6 +194,7 @@ UNSAFE = "unsafe member name"
 TWICE = "member there twice"
 TOO_LARGE = "member too large"
 
+_ZIP = b"PK\x03\x04"
 # Long names and attributes, which `tarfile` reads whole; real ones have some hundred bytes.
 _LARGEST_HEADER_BYTES = 2**20
 _HEADERS = (
@@ -280,7 +281,12 @@ def headers_of(path: str, stream: Any, size: int) -> Iterator[tarfile.TarInfo]:
     # ValueError: attributes that are no numbers or no text; RecursionError: headers without
     # end; OverflowError: sizes that no file has.
     except (tarfile.TarError, ValueError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} is not a whole tar file ({error}); fetch it again") from None
+        stream.seek(0)
+        if stream.read(len(_ZIP)) == _ZIP:
+            raise ValueError(f"{path} is a zip, not a tar; unpack it into a folder") from None
+        joined = isinstance(error, _JoinedError)
+        remedy = "give each as a file of its own" if joined else "fetch it again"
+        raise ValueError(f"{path} is not a whole tar file ({error}); {remedy}") from None
 
 
 def samples_of(path: str, whole: tuple[str, ...] = ()) -> Iterator[Sample]:
@@ -296,6 +302,10 @@ def samples_of(path: str, whole: tuple[str, ...] = ()) -> Iterator[Sample]:
     named = ((*_key_and_suffix(member, whole), member) for member in scan_tar(path))
     for key, group in groupby((item for item in named if item[0]), key=lambda item: item[0]):
         yield _sample(path, key, ((suffix, member) for _, suffix, member in group), seen)
+
+
+class _JoinedError(tarfile.ReadError):
+    """A file is several archives, one behind the other."""
 
 
 class _Info(tarfile.TarInfo):
@@ -328,7 +338,12 @@ def _check_end(stream: Any, offset: int, size: int) -> None:
     left = size - offset
     while left:
         block = stream.read(min(left, 2**20))
-        if not block or any(block):
+        if rest := block.lstrip(b"\0"):
+            first = (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            if block[first + 257 : first + 262] == b"ustar":
+                at = size - left + first
+                raise _JoinedError(f"another one begins behind its end, at byte {at:,}")
+        if not block or rest:
             raise tarfile.ReadError(f"damaged or further data behind byte {offset:,}")
         left -= len(block)
 
@@ -354,7 +369,7 @@ def _key_and_suffix(member: Member, whole: tuple[str, ...]) -> tuple[str, str]:
     folder, slash, base = member.name.rpartition("/")
     parted = base.rpartition if base.lower().endswith(whole) else base.partition
     stem, dot, suffix = parted(".")
-    if stem and dot:
+    if stem and dot and not base.startswith("."):
         return f"{folder}{slash}{stem}", suffix.lower()
     # A link or a name that goes up is named even where it belongs to no sample.
     return (member.name or "(no name)", "") if member.problem == UNSAFE else ("", "")

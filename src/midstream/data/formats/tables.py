@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow
 from pyarrow import ipc
@@ -26,6 +26,9 @@ PARQUET, ARROW = (".parquet",), (".arrow",)
 TABLES = PARQUET + ARROW
 # Pictures stand in rows: fewer of them are read at a time than of texts.
 _BATCH_ROWS, _TEXT_ROWS, _BUFFER_BYTES = 32, 256, 2**20
+# How messages of a stream of Arrow begin (those of before 2019 do not), and how it ends.
+_CONTINUES = b"\xff\xff\xff\xff"
+_END_OF_STREAM = _CONTINUES + b"\0\0\0\0"
 _SPLIT = re.compile(r"(?<![a-z])(?P<split>train|validation|valid|val|dev|test)(?![a-z])")
 # split=train (partitions) and partial-train (the hub's) too.
 _SPLIT_FOLDER = re.compile(rf"(?:\w+=|partial-)?{_SPLIT.pattern}")
@@ -35,7 +38,7 @@ _SPLIT_LIST = "dataset_dict.json"
 
 def columns_of(path: str) -> pyarrow.Schema:
     """The columns of a table; ValueError names a file that is none."""
-    with _opened(path) as table:
+    with _opened(path) as (table, _):
         return table.schema_arrow if isinstance(table, ParquetFile) else table.schema
 
 
@@ -44,12 +47,14 @@ def table_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[pyarrow.Scal
 
     Raises ValueError that names the file if it is cut short or damaged.
     """
-    with _opened(path) as table:
+    with _opened(path) as (table, stream):
         schema = table.schema_arrow if isinstance(table, ParquetFile) else table.schema
         if twice := [name for name in columns if schema.names.count(name) > 1]:
             raise ValueError(f"{path} has several columns {twice[0]}; give each a name of its own")
         for batch in _batches(table, list(columns)):
             yield from zip(*(batch.column(name) for name in columns), strict=True)
+        if isinstance(table, ipc.RecordBatchStreamReader):
+            _check_end(path, stream)
 
 
 def table_records(
@@ -78,17 +83,37 @@ def _batches(table: Any, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
     return (table.get_batch(number) for number in range(table.num_record_batches))
 
 
+def _check_end(path: str, stream: IO[bytes]) -> None:
+    """Raises ValueError where a stream of Arrow that was read does not end, or goes on."""
+    # pyarrow takes the end of a file between two batches for the stream's, and reads no second one.
+    end = stream.tell()
+    stream.seek(0)
+    is_old = stream.read(4) != _CONTINUES
+    stream.seek(max(0, end - len(_END_OF_STREAM)))
+    tail = stream.read(len(_END_OF_STREAM) + 1)
+    if tail[len(_END_OF_STREAM) :]:
+        raise ValueError(
+            f"{path} goes on behind the end of its Arrow stream, at byte {end:,}; give each stream "
+            "as a file of its own"
+        )
+    if tail != _END_OF_STREAM and not is_old:
+        raise ValueError(
+            f"{path} is no whole Arrow file (it ends without the mark of its end, as one does that "
+            "was not written to its end); write or fetch it again"
+        )
+
+
 @contextmanager
-def _opened(path: str) -> Iterator[Any]:
+def _opened(path: str) -> Iterator[tuple[Any, IO[bytes]]]:
     kind = "Arrow" if full_name(path).endswith(ARROW) else "parquet"
     with open_whole(path) as (stream, _, _):
         try:
             if kind == "parquet":
-                yield ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+                yield ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False), stream
             elif stream.peek(6)[:6] == b"ARROW1":  # type: ignore[attr-defined]
-                yield ipc.open_file(stream)
+                yield ipc.open_file(stream), stream
             else:
-                yield ipc.open_stream(stream)
+                yield ipc.open_stream(stream), stream
         except RemoteError:
             raise
         except (pyarrow.ArrowException, OSError) as error:
