@@ -331,3 +331,14 @@ def test_a_caption_inside_another_field_is_named_with_dots(tmp_path: Path) -> No
     columns = {"jpg": [png(0)], "json": inner[:1]}
     structs = write_table(tmp_path / "structs.parquet", columns)
     assert outcome(read(structs, options)) == ["a"]
+
+
+def test_names_as_in_addresses_and_with_an_end_in_other_letters_are_read(tmp_path: Path) -> None:
+    for n, name in enumerate(["my photo.JPG", "100%25.png", "b.png"]):
+        write(tmp_path / name, picture(n))
+    asked = ["my%20photo.JPG", "my photo.jpg", "100%25.png", "b.PNG", "b%2.png", "c/b.PNG"]
+    rows = [{"image": name, "caption": "box"} for name in [*asked, "%2e%2e/b.png"]]
+    found = read(write(tmp_path / "a.json", as_json(rows)))
+    assert outcome(found) == ["box"] * 4 + ["- missing picture"] * 3
+    shown = [picture(n) for n in (0, 0, 1, 2)]
+    assert [item.picture.data for item in found[:4]] == shown

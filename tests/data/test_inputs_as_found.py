@@ -244,6 +244,7 @@ def test_pictures_in_base64_are_read_with_and_without_a_head(tmp_path: Path) -> 
         f"data:image/png;base64,{BASE64}",
         BASE64.rstrip("="),
         [BASE64],
+        str(BASE64.encode()),
     ]
     shown += [{"bytes": BASE64, "path": None}, {"base64": BASE64}, json.dumps([BASE64])]
     rows = [{"image": one, "caption": "a"} for one in shown]

@@ -28,6 +28,7 @@ from made_inputs import (
     write_texts,
 )
 from made_world import CAPTIONS, samples, write_tar
+from tokenizers import Tokenizer, models
 
 from inputs import png
 from midstream.core.storage import read_json, verify
@@ -446,3 +447,56 @@ def test_captions_of_too_many_tokens_are_left_out_and_counted(tmp_path: Path) ->
     assert 0 < len(kept) < 4
     assert found[9] == kept
     assert source.index["rejects"] == {"too many tokens": 4 - len(kept)}
+
+
+def test_a_finished_source_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+    texts, others = (write_texts(tmp_path / name, 2, 3) for name in ("in", "other"))
+    (others / "part-0.jsonl").write_text('{"text": "another"}\n')
+    out, said = tmp_path / "out", {"notice": lambda note: None}
+    run("text", texts, out, **said)
+    before = contents(out)
+    write_tar(tmp_path / "tars/0.tar", samples(0, CAPTIONS))
+    for section, source in (("text", others), ("captions", tmp_path / "tars")):
+        with pytest.raises(ValueError, match=r"out holds a source .*text from .*part-0\.jsonl"):
+            run(section, source, out, **said)
+    assert contents(out) == before
+    # Files that were added, moved or changed, and what is not finished, are no other source.
+    (texts / "part-2.jsonl").write_text('{"text": "more"}\n')
+    assert run("text", texts, out, **said)["shards"] == {"kept": 2, "new": 1}
+    texts.rename(tmp_path / "moved")
+    assert run("text", tmp_path / "moved", out, **said)["shards"]["new"] == 3
+    (out / "source.json").unlink()
+    assert run("text", others, out, **said)["train"]["examples"] == 4
+
+
+def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "in", 1, 1)
+    for name, images in (("", None), (str(texts), "")):
+        with pytest.raises(ValueError, match="is empty; is a variable not set"):
+            run("text", [name], tmp_path / "out", options=ReadOptions(images=images))
+
+
+def test_a_file_above_the_folder_is_named(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "in", 1, 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"/file is a file, not a folder; give another"):
+        run("text", texts, tmp_path / "file/a/b")
+
+
+def test_what_a_tokenizer_has_no_token_for_is_told(tmp_path: Path) -> None:
+    texts, told = write_texts(tmp_path / "in", 1, 1), list[str]()
+    words = {"a": 0, "é": 1, "7": 2, "<unk>": 3}
+    for number, model in enumerate(
+        [
+            models.BPE(words, [], unk_token="<unk>"),
+            models.BPE(words, []),
+            models.Unigram([(word, -1.0) for word in words], unk_id=3),
+        ]
+    ):
+        file = tmp_path / f"{number}.json"
+        Tokenizer(model).save(str(file))
+        run("text", texts, tmp_path / f"out-{number}", tokenizer_file=file, notice=told.append)
+    run("text", texts, tmp_path / "out", notice=told.append)
+    lost = "the tokenizer has no token for { 中 😀 and the like; "
+    stored = ("'<unk>'", "nothing", "'<unk>'")
+    assert told == [f"{lost}{token} is stored" for token in stored]

@@ -357,3 +357,32 @@ def test_real_samples_are_read_whole(name: str, key: str, count: int) -> None:
     if name.endswith("jsonl"):
         records = map(json.loads, (SHARED / name).read_text(encoding="utf-8").splitlines())
         assert texts(found) == [record[key] for record in records]
+
+
+def test_small_plain_texts_share_a_unit_and_all_that_are_damaged_are_told(
+    put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_UNIT_FILES", 3)
+    monkeypatch.setattr(module, "_UNIT_BYTES", 100)
+    names = [*(f"{n}.txt" for n in range(4)), "4.jsonl", "5.txt", "6.txt", "7.tex"]
+    for name in names:
+        put(name, b'{"text": "4"}' if name == "4.jsonl" else name[:1].encode())
+    put("6.txt", b"6" * 100)
+    root = put("", b"")
+    units = text_units([root])
+    local = "://" not in root
+    assert [len(unit.files) for unit in units] == ([3, 1, 1, 1, 1, 1] if local else [1] * 8)
+    assert [text[0] for text in texts(read_all("text", root))] == list("01234567")
+    whole = gzip.compress(b"1" * 99)
+    damaged = [put(f"{name}.txt.gz", whole[:-name]) for name in (1, 2)]
+    (unit, *others) = text_units([*damaged, put("3.txt", b"3")])
+    assert len(others) == (0 if local else 2)
+    told = r"1\.txt\.gz is cut" + (r"[^\n]*\n[^\n]*2\.txt\.gz is cut" if local else "")
+    with pytest.raises(ValueError, match=told):
+        list(module.read_text(unit, OPTIONS))
+
+
+def test_a_record_of_records_says_which_list_is_meant(put: Put) -> None:
+    record = {"type": "text_only", "tags": ["x"], "instances": [{"text": "a"}]}
+    (found,) = read(put("a.json", as_lines([record])))
+    assert found.detail == "it is a record of records: write the list under 'instances' alone"

@@ -1,8 +1,10 @@
 """Tar archives and JSON records: whole ones are read to the byte, damaged ones are refused."""
 
+import io
 import json
 import tarfile
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +108,18 @@ def test_anything_but_zeros_behind_the_end_is_refused(tmp_path: Path, behind: in
 
 def test_a_second_archive_behind_the_end_is_refused(tmp_path: Path) -> None:
     one = gnu_tar([("a.txt", b"x")])
-    with pytest.raises(ValueError, match="further data"):
+    with pytest.raises(ValueError, match=rf"another one begins .* {len(one):,}\); give each as"):
         contents(written(tmp_path, one + one))
+    with pytest.raises(ValueError, match=r"further data.*fetch it again"):
+        contents(written(tmp_path, one + b"x" * len(one)))
+
+
+def test_a_zip_in_place_of_an_archive_is_told(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a.txt", b"x" * 2000)
+    with pytest.raises(ValueError, match=r"a\.tar is a zip, not a tar; unpack it"):
+        contents(written(tmp_path, stream.getvalue()))
 
 
 def test_zeros_are_padding_but_an_archive_of_nothing_else_is_damaged(tmp_path: Path) -> None:
@@ -294,6 +306,16 @@ def test_keys_and_suffixes_are_those_of_webdataset(
     for sample, (_, parts) in zip(ours, theirs, strict=True):
         if sample.problem != TWICE:
             assert {suffix: m.data for suffix, m in sample.members.items()} == parts
+
+
+@pytest.mark.parametrize("whole", [(), (".json",)])
+def test_what_macos_puts_beside_members_is_no_sample(
+    tmp_path: Path, whole: tuple[str, ...]
+) -> None:
+    names = ["./._0.1.json", "./0.1.json", "a/._b.json", "a/b.json"]
+    path = written(tmp_path, gnu_tar([(name, b"{}") for name in names]))
+    keys = [sample.key for sample in samples_of(path, whole)]
+    assert keys == ["./0.1" if whole else "./0", "a/b"]
 
 
 def test_a_members_data_stays_out_of_messages() -> None:

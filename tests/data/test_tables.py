@@ -210,3 +210,22 @@ def test_a_split_is_told_wherever_its_word_stands_in_the_name(
         parquet.write_table(pyarrow.table({"text": [f"document {number}"]}), tmp_path / name)
     with pytest.raises(ValueError, match=patterns):
         read_all("text", str(tmp_path))
+
+
+def test_a_stream_of_arrow_that_does_not_end_or_goes_on_is_refused(put: Put) -> None:
+    whole = as_stream(TEXTS)
+    ends = range(0, len(whole), 8)
+    cut = [put(f"{end}/a.arrow", whole[:end]) for end in ends]
+    for path in cut:
+        with pytest.raises(ValueError, match=r"a\.arrow is no whole Arrow file"):
+            read_all("text", path)
+    with pytest.raises(ValueError, match=rf"goes on behind .*, at byte {len(whole):,}; give each"):
+        read_all("text", put("b.arrow", whole + whole))
+    assert len(read_all("text", put("c.arrow", whole))) == len(TEXTS)
+    # As versions before 2019 wrote it, without an end too.
+    options, old = ipc.IpcWriteOptions(use_legacy_format=True), io.BytesIO()
+    with ipc.new_stream(old, TEXTS.schema, options=options) as writer:
+        writer.write_table(TEXTS)
+        size = old.tell()
+    for name, data in (("d.arrow", old.getvalue()), ("e.arrow", old.getvalue()[:size])):
+        assert len(read_all("text", put(name, data))) == len(TEXTS)

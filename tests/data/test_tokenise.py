@@ -233,6 +233,9 @@ def test_a_tokenizer_that_is_nowhere_is_named_with_what_was_tried(
         open_tokenizer("absent.json")
     with pytest.raises(FileNotFoundError, match=r"no file nobody/none.*the hub gave none.*path"):
         open_tokenizer("nobody/none")
+    (tmp_path / "pointer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"pointer\.json is not a tokenizer .*git lfs pull"):
+        open_tokenizer(str(tmp_path / "pointer.json"))
     (tmp_path / "broken.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=r"broken\.json is not a tokenizer file"):
         open_tokenizer(str(tmp_path / "broken.json"))

@@ -236,8 +236,10 @@ def read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:
+        is_pointer = path.is_file() and path.read_bytes().startswith(b"version https://git-lfs")
+        remedy = "git lfs pull gets the file itself" if is_pointer else "give a tokenizer.json"
         raise ValueError(
-            f"{path} is not a tokenizer file of `tokenizers`: {error}; give a tokenizer.json"
+            f"{path} is not a tokenizer file of `tokenizers`: {error}; {remedy}"
         ) from None
 
 

@@ -4,12 +4,12 @@ In a row a picture has its positions before the token of its place, the separato
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, models, processors
@@ -22,6 +22,7 @@ from midstream.data.tokenise import fast_encoder
 # Ends a reply in tokenizers that have it; nothing of ours writes it.
 AGENT_STOP = "<|agent_stop|>"
 IMAGE_MARK = "<image>"
+_SOME_CHARACTERS = "7{é中😀"
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,7 @@ def without_special(tokenizer: Tokenizer) -> Tokenizer:
     parts = json.loads(tokenizer.to_str())
     listed = parts["model"]["vocab"]
     pieces = [piece for piece, _ in listed] if isinstance(listed, list) else list(listed)
-    unknown = parts["model"].get("unk_token")
-    if (number := parts["model"].get("unk_id")) is not None:
-        unknown = pieces[number]
+    unknown = _unknown_of(parts["model"])
     formed = {"".join(merge) for merge in parts["model"].get("merges", [])}
     added = {one["content"] for one in parts["added_tokens"] if one["special"]}
     # Their new names hold what is no character, so that no text has it.
@@ -192,6 +191,28 @@ def without_special(tokenizer: Tokenizer) -> Tokenizer:
     found = Tokenizer.from_str(json.dumps(parts | {"post_processor": None}))
     found.encode_special_tokens = tokenizer.encode_special_tokens
     return found
+
+
+def _unknown_of(model: Mapping[str, Any]) -> str | None:
+    """The token that stands for what a model, as its JSON has it, does not know."""
+    number = model.get("unk_id")
+    return model.get("unk_token") if number is None else str(model["vocab"][number][0])
+
+
+def not_known(tokenizer: Tokenizer) -> str:
+    """A sentence on which of a few characters a tokenizer has no token for; "" where it has all."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    token = _unknown_of(json.loads(tokenizer.to_str())["model"])
+    unknown = None if token is None else tokenizer.token_to_id(token)
+    found = {one: ids(f"a{one}a") for one in _SOME_CHARACTERS}
+    nothing = (ids("aa"), ids("a a"))
+    lost = [one for one in found if unknown in found[one] or found[one] in nothing]
+    becomes = "nothing" if unknown is None else repr(token)
+    listed = f"the tokenizer has no token for {' '.join(lost)} and the like; {becomes} is stored"
+    return listed if lost else ""
 
 
 def begins_with(token: str, number: int) -> processors.TemplateProcessing:

@@ -25,7 +25,7 @@ from midstream.core.storage import (
     write_json,
 )
 from midstream.data.columns import MADE_FROM, SHARD_INDEX
-from midstream.data.examples import TextCodec
+from midstream.data.examples import TextCodec, not_known
 from midstream.data.formats.beside import FILES, samples_beside
 from midstream.data.formats.copies import refuse_twin_samples, refuse_twins
 from midstream.data.formats.files import is_url, name_some
@@ -55,7 +55,8 @@ from midstream.data.sources import INDEX
 class SourcePlan:
     """A source that is to be prepared, or a share of it, as its files are now.
 
-    `wanted` are the shards of its `units`, `tokenizer` the canonical file, of `vocab_size` ids.
+    `wanted` are the shards of its `units`, `tokenizer` the canonical file, of `vocab_size` ids;
+    `not_known` says what it has no token for.
     """
 
     job: Job
@@ -64,6 +65,7 @@ class SourcePlan:
     wanted: tuple[Todo, ...]
     tokenizer: bytes
     vocab_size: int
+    not_known: str = ""
 
 
 def plan_source(
@@ -120,7 +122,15 @@ def plan_source(
     _refuse_twins(wanted)
     if by_command and share is None:
         _refuse_to_replace(job, wanted)
-    return SourcePlan(job, absolute, tuple(units), tuple(wanted), tokenizer, codec.size)
+    return SourcePlan(
+        job,
+        absolute,
+        tuple(units),
+        tuple(wanted),
+        tokenizer,
+        codec.size,
+        not_known(codec.tokenizer),
+    )
 
 
 def prepare_source(
@@ -292,8 +302,11 @@ def _is_there(file: str) -> bool:
 
 
 def unread_of(plan: SourcePlan, notice: Callable[[str], None]) -> dict[str, Any]:
-    """Tell what a person should know of the folder; returns which of its files are not read."""
+    """Tell what a person should know of the tokenizer and the folder; returns which of its files
+    are not read."""
     job, units = plan.job, plan.units
+    if plan.not_known:
+        notice(plan.not_known)
     found = (job.short(file) for file in unread_files(job.section, plan.sources, units))
     # Names may be bytes that are no UTF-8.
     names = [name.encode("utf-8", "backslashreplace").decode() for name in found]

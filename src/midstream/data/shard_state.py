@@ -311,10 +311,10 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         "picture outside a question": "only questions show pictures; put its mark into one",
         "<image> without a picture": "name the picture under image, or take the mark out",
         "pictures without a text": "a document needs a text beside its pictures; take these out",
-        "not UTF-8": "write the file in UTF-8",
-        "caption not UTF-8": "write the file in UTF-8",
+        **dict.fromkeys(("not UTF-8", "caption not UTF-8"), "write the file in UTF-8"),
         "not a JSON object": "write an object a line, or one list of objects",
         "wrong number of columns": "quote fields that hold commas",
+        "unsafe member name": "pack the files themselves, not links to them (tar --dereference)",
         "member there twice": "give each member once, and those of a sample together",
         "token id outside the vocabulary": "take the tokenizer that made the ids",
     }.items()
