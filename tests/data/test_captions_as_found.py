@@ -342,3 +342,13 @@ def test_names_as_in_addresses_and_with_an_end_in_other_letters_are_read(tmp_pat
     assert outcome(found) == ["box"] * 4 + ["- missing picture"] * 3
     shown = [picture(n) for n in (0, 0, 1, 2)]
     assert [item.picture.data for item in found[:4]] == shown
+
+
+def test_a_file_of_the_same_name_with_another_end_is_told_and_not_read(tmp_path: Path) -> None:
+    for name in ("7.gif", "8.txt"):
+        write(tmp_path / name, picture(0))
+    rows = [{"image": name, "caption": "box"} for name in ("7.jpg", "8.jpg", "7", "9.gif")]
+    found = read(write(tmp_path / "a.json", as_json(rows)))
+    assert outcome(found) == ["- missing picture"] * 4
+    details = [item.detail.removeprefix(f"{tmp_path}/") for item in found]
+    assert details == ["7.jpg has another end there, 7.gif; rename one", "8.jpg", "7", "9.gif"]

@@ -28,6 +28,7 @@ from midstream.data.formats.json_records import inside as inside_of
 from midstream.data.formats.json_records import unicode_problem, unquoted
 from midstream.data.formats.records import (
     LARGEST_BYTES,
+    PICTURES,
     CaptionRecord,
     Picture,
     ReadOptions,
@@ -277,7 +278,23 @@ def load_range(
     others = {unquote(name), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))}
     others |= set() if is_url(roots[0]) else {stem + end.lower(), stem + end.upper()}
     again = (_load_range(roots, other, first, size, where) for other in sorted(others - {name}))
-    return next((one for one in again if isinstance(one, Picture)), found)
+    return next((one for one in again if isinstance(one, Picture)), _with_hint(found))
+
+
+def _with_hint(missing: Picture | Reject) -> Picture | Reject:
+    """The reject with a file that has the same name but for its end (OCR-VQA's .gif), if any.
+
+    It may be another picture, such as a mask: it is not read.
+    """
+    if not isinstance(missing, Reject) or is_url(missing.detail):
+        return missing
+    stem, end = os.path.splitext(missing.detail)
+    others = [f"{stem}.{other}" for other in PICTURES[:5] if f".{other}" != end.lower()]
+    beside = next((other for other in others if os.path.isfile(other)), None) if end else None
+    if beside is None:
+        return missing
+    detail = f"{missing.detail} has another end there, {os.path.basename(beside)}; rename one"
+    return replace(missing, detail=detail)
 
 
 def _is_missing(found: Picture | Reject) -> bool:
