@@ -619,10 +619,10 @@ def test_a_file_beside_its_own_parts_is_refused(
 def test_a_copy_that_was_cut_is_refused_and_files_that_begin_alike_are_not(tmp_path: Path) -> None:
     data = as_lines([{"text": f"text {n}"} for n in range(500)])
     write(tmp_path / "in/a.jsonl", data)
-    write(tmp_path / "in/b.jsonl", data[:7_000] + b"\n" + data[:10])
+    write(tmp_path / "in/b.jsonl", data[:7_000] + b"\n" + data[:10] + b"\n")
     write(tmp_path / "in/one.jsonl", data[: data.index(b"\n") + 1])
     assert run("text", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.01)["records"] > 800
-    write(tmp_path / "in/a_other.jsonl", data[:9_500] + b"\n" + data[:10])
+    write(tmp_path / "in/a_other.jsonl", data[:9_500] + b"\n" + data[:10] + b"\n")
     write(tmp_path / "in/a (1).jsonl", data[:9_000])
     with pytest.raises(ValueError, match=r"a \(1\)\.jsonl is what .*/a\.jsonl begins with"):
         run("text", tmp_path / "in", tmp_path / "out")
@@ -674,3 +674,33 @@ def test_pictures_in_an_archive_are_asked_for_unpacked(tmp_path: Path) -> None:
     options = ReadOptions(images=str(tmp_path / "pictures.zip"))
     with pytest.raises(FileNotFoundError, match=r"pictures\.zip is no folder .*; unpack it"):
         run("captions", tmp_path / "a.jsonl", tmp_path / "out", options=options)
+
+
+# Files that are not whole, and sets that lack some.
+
+
+@pytest.mark.parametrize("section", ["text", "captions", "conversations", "documents"])
+def test_lines_that_end_inside_a_record_are_told(put: Put, section: Any) -> None:
+    record = {"image": "a.png", "text": "box <image>", "images": ["a.png"], "conversations": PLAIN}
+    whole = as_lines([record] * 3)
+    put("a.png", png(0))
+    for cut in (2, 20):
+        path = put("a.jsonl", whole[:-cut])
+        with pytest.raises(ValueError, match=r"a\.jsonl ends inside line 3; fetch it again"):
+            read_all(section, path)
+    for end in (b"\0\0", b"\r\n", b""):
+        assert len(read_all(section, put("b.jsonl", whole[:-1] + end))) == 3
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_set_of_files_that_lacks_some_is_told(tmp_path: Path, first: int) -> None:
+    told: list[str] = []
+    for number in range(3):
+        name = f"c4-train.{number + first:05d}-of-00003.jsonl"
+        write(tmp_path / "in" / name, as_lines([{"text": f"text {number}"}]))
+    run("text", tmp_path / "in", tmp_path / "out", notice=told.append)
+    assert not told
+    (tmp_path / f"in/c4-train.0000{1 + first}-of-00003.jsonl").unlink()
+    run("text", tmp_path / "in", tmp_path / "out", notice=told.append)
+    gap = f"in/c4-train.0000{1 + first}-of-00003.jsonl"
+    assert told == [f"only 2 of a set of 3 files are there; {gap} is not"]

@@ -5,6 +5,7 @@ Shards are made in parallel processes, and those that an earlier run finished ar
 
 import hashlib
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ from midstream.data.shard_workers import Progress, Watch, make_shards
 from midstream.data.shards import units_of
 from midstream.data.source_writer import finish_source
 from midstream.data.sources import INDEX
+
+_OF_A_SET = re.compile(r"(.*?)(\d{1,9})-of-(\d{1,9})(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -315,6 +318,8 @@ def unread_of(plan: SourcePlan, notice: Callable[[str], None]) -> dict[str, Any]
     read = [job.short(file) for files in listed for file in files]
     for note in notes_on(job.section, names, read):
         notice(note)
+    for note in _sets_with_gaps(read):
+        notice(note)
     circles: list[str] = []
     for folder in (source for source in plan.sources if os.path.isdir(source)):
         deque(walk(folder, circles), maxlen=0)
@@ -322,6 +327,19 @@ def unread_of(plan: SourcePlan, notice: Callable[[str], None]) -> dict[str, Any]
         shown = name_some(map(job.short, circles), NUM_LISTED)
         notice(f"links that go round in a circle are not entered again: {shown}")
     return {"files": len(names), "first": names[:NUM_LISTED]}
+
+
+def _sets_with_gaps(names: Sequence[str]) -> Iterator[str]:
+    """A line on each set of files (train-00000-of-00005.parquet) of which some are not there."""
+    held: dict[tuple[str, str, str], set[int]] = {}
+    for match in filter(None, map(_OF_A_SET.fullmatch, names)):
+        before, number, total, after = match.groups()
+        held.setdefault((before, total, after), set()).add(int(number))
+    for (before, total, after), numbers in held.items():
+        first = int(int(total) in numbers)
+        if lacking := sorted({*range(first, int(total) + first)} - numbers):
+            name = f"{before}{lacking[0]:0{len(total)}}-of-{total}{after}"
+            yield f"only {len(numbers):,} of a set of {int(total):,} files are there; {name} is not"
 
 
 def _absolute(name: str) -> str:

@@ -99,7 +99,10 @@ def holds_list(path: str) -> bool:
 
 def entries_of(path: str, *, listed: bool) -> Iterator[tuple[str, bytes]]:
     """Place and bytes of each entry of a JSON list (from 0), of each line that is not blank (from
-    1), or of the one object over several lines; errors as of `list_entries` and `read_lines`."""
+    1), or of the one object over several lines.
+
+    Errors as of `list_entries` and `read_lines`, and ValueError for a file that ends in an object.
+    """
     if listed:
         yield from ((f"{path}, record {n}", data) for n, data in enumerate(list_entries(path)))
         return
@@ -107,8 +110,14 @@ def entries_of(path: str, *, listed: bool) -> Iterator[tuple[str, bytes]]:
         yield f"{path}, record 0", whole
         return
     for number, line in enumerate(read_lines(path), start=1):
-        if not line.isspace():
-            yield f"{path}, line {number}", line
+        if line.isspace():
+            continue
+        cut = not line.endswith((b"\n", b"\r")) and not line.rstrip(_SPACE + b"\0").endswith(b"}")
+        if cut and line.lstrip(_SPACE).startswith(b"{"):
+            raise ValueError(
+                f"{path} ends inside line {number:,}; fetch it again, or remove that line"
+            )
+        yield f"{path}, line {number}", line
 
 
 def lone_object(path: str) -> bytes:
