@@ -106,7 +106,9 @@ def serving() -> Iterator[Served]:
             if not links:
                 self.say(404)
                 return
-            page = "".join(f'<a href="/{under}{link}">{link}</a>' for link in sorted(links))
+            page = f'<a href="?C=N;O=D">Name</a><a href="/{under}">.</a>' + "".join(
+                f'<a href="/{under}{link}">{link}</a>' for link in sorted(links)
+            )
             self.say(200, page.encode(), "text/html")
 
         def say(self, status: int, body: bytes = b"", kind: str = "text/plain") -> None:

@@ -25,6 +25,7 @@ from midstream.data.formats.files import (
     open_binary,
     read_lines,
     read_range,
+    shown_files,
     size_of,
 )
 from midstream.data.formats.tables import table_rows
@@ -50,6 +51,12 @@ def put_shards(served: Served, count: int = 3) -> str:
 
 def lines(*texts: str) -> bytes:
     return as_lines([{"text": text} for text in texts])
+
+
+def test_a_page_that_lists_a_folder_is_none_of_its_files(served: Served) -> None:
+    names = [served.put(f"my data/{name}", b"{}") for name in ("a b.jsonl", "c.txt")]
+    found = [*shown_files(f"{served.address}/my data/"), *shown_files(f"{served.address}/my data")]
+    assert found == names * 2
 
 
 def test_files_of_a_web_server_are_found_by_name_by_folder_and_by_pattern(served: Served) -> None:

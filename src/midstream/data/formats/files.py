@@ -60,6 +60,8 @@ MAX_LINE_BYTES = 256 * 2**20
 _PIECE_BYTES = 2**20
 _MAGIC = re.compile(r"[*?[]")
 _BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<list>[^{},]*(?:,[^{},]*)+))\}")
+# A folder among its files: a page that lists it, sorted some way or other, or a bucket's marker.
+_LISTING = re.compile(r"/(\?[^/]*)?\Z")
 _FILE_URL = re.compile(r"\Afile:(//(localhost)?)?(?=/)")
 
 
@@ -416,6 +418,7 @@ def _url_files(source: str) -> list[str]:
         refuse_absent_bucket(source)
         files = []
     system, path = system_of(source)
+    files = [file for file in files if not _LISTING.search(file)]
     return [_full_name(system, file, source) for file in files if _is_shown(file, path)]
 
 
