@@ -703,4 +703,4 @@ def test_a_set_of_files_that_lacks_some_is_told(tmp_path: Path, first: int) -> N
     (tmp_path / f"in/c4-train.0000{1 + first}-of-00003.jsonl").unlink()
     run("text", tmp_path / "in", tmp_path / "out", notice=told.append)
     gap = f"in/c4-train.0000{1 + first}-of-00003.jsonl"
-    assert told == [f"only 2 of a set of 3 files are there; {gap} is not"]
+    assert told == [f"only 2 of a set of 3 files are read; {gap} is not"]

@@ -339,7 +339,7 @@ def _sets_with_gaps(names: Sequence[str]) -> Iterator[str]:
         first = int(int(total) in numbers)
         if lacking := sorted({*range(first, int(total) + first)} - numbers):
             name = f"{before}{lacking[0]:0{len(total)}}-of-{total}{after}"
-            yield f"only {len(numbers):,} of a set of {int(total):,} files are there; {name} is not"
+            yield f"only {len(numbers):,} of a set of {int(total):,} files are read; {name} is not"
 
 
 def _absolute(name: str) -> str:
