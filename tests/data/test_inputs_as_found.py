@@ -65,6 +65,14 @@ def test_a_folder_of_samples_is_not_read_twice(tmp_path: Path, how: str) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_splits_of_samples_beside_each_other_are_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    for number, split in enumerate(("train", "test")):
+        write_samples(tmp_path / "in" / split, range(number, number + 1))
+    run("captions", tmp_path / "in", tmp_path / "out", notice=told.append)
+    assert ["files of the splits test, train are read" in line for line in told] == [True]
+
+
 def test_samples_with_one_picture_or_one_caption_are_samples(tmp_path: Path) -> None:
     write_samples(tmp_path / "in/a", range(3))
     write_samples(tmp_path / "in/b", range(3), "other")

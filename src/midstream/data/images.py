@@ -115,8 +115,8 @@ def open_picture(data: bytes) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"it begins with {data[:16]!r}, as none of {known} does") from None
+        begins = f"cannot identify what begins with {data[:16]!r}"
+        raise ValueError(f"{begins} as one of {', '.join(FORMATS)}") from None
     if picture.format not in FORMATS:
         raise ValueError(f"{picture.format} is none of {', '.join(FORMATS)}")
     return within_limits(picture)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from midstream.data.columns import MADE_FROM, SHARD_INDEX
 from midstream.data.examples import TextCodec, not_known
 from midstream.data.formats.beside import FILES, samples_beside
 from midstream.data.formats.copies import refuse_twin_samples, refuse_twins
-from midstream.data.formats.files import is_url, name_some
+from midstream.data.formats.files import folder_of, is_url, name_some
 from midstream.data.formats.records import ReadOptions, Section, Unit
 from midstream.data.shard_state import (
     NUM_LISTED,
@@ -313,9 +314,9 @@ def unread_of(plan: SourcePlan, notice: Callable[[str], None]) -> dict[str, Any]
     found = (job.short(file) for file in unread_files(job.section, plan.sources, units))
     # Names may be bytes that are no UTF-8.
     names = [name.encode("utf-8", "backslashreplace").decode() for name in found]
-    # Of samples beside each other one file a unit is enough.
-    listed = (unit.files[:1] if unit.format == FILES else unit.files for unit in units)
-    read = [job.short(file) for files in listed for file in files]
+    # Of samples beside each other their folders are enough.
+    listed = (map(folder_of, x.files) if x.format == FILES else x.files for x in units)
+    read = [job.short(file) for file in dict.fromkeys(chain.from_iterable(listed))]
     for note in notes_on(job.section, names, read):
         notice(note)
     for note in _sets_with_gaps(read):
