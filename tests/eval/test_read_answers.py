@@ -50,6 +50,7 @@ NAMING_NONE = (
         "a-shaped",
         "A or B",
         "A, B",
+        "A, B and C",
         "a, c, and d",
     ),
     *("The answer is a dog.", "Answer", "answering A", "Both A and B", "I'm sure"),

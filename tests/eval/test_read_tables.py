@@ -192,6 +192,18 @@ def test_files_in_a_folder_of_their_own_are_found(tmp_path: Path) -> None:
     assert len(read(gqa.parent, pictures=False)) == 1
 
 
+def test_a_benchmark_that_is_not_there_is_not_read_out_of_another_ones_folder(
+    tmp_path: Path,
+) -> None:
+    for place in ("textvqa/data", "vqav2"):
+        (tmp_path / place).mkdir(parents=True)
+    pq.write_table(pa.table({"question_id": [1]}), tmp_path / "textvqa/data/validation-0.parquet")
+    (tmp_path / "vqav2/OpenEnded_mscoco_val2014_questions.json").write_text('{"questions": []}')
+    for name in ("vqav2", "okvqa", "pope", "gqa"):
+        with pytest.raises(FileNotFoundError, match="does not exist; the folder holds textvqa"):
+            VISUAL_FORMATS[name].read(tmp_path, pictures=False)
+
+
 def test_cocos_pictures_are_found_under_their_names_since_2017(tmp_path: Path) -> None:
     line = {"question_id": 1, "image": "COCO_val2014_000000000009.jpg", "text": "Is it?"}
     (tmp_path / "coco_pope_random.json").write_text(json.dumps({**line, "label": "no"}))

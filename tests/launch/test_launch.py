@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -362,6 +363,16 @@ def test_a_terminal_that_is_closed_asks_for_a_stop_unless_nohup_has_it_ignored(
     finally:
         signal.signal(signal.SIGHUP, before)
     assert asked == ([] if ignored else [signal.SIGHUP])
+
+
+def test_a_terminal_that_is_closed_and_says_so_twice_leaves_time_for_checkpoints() -> None:
+    stopped: list[int] = []
+    backend: Any = SimpleNamespace(queues=False, stop=stopped.append)
+    asked: Any = None
+    work = scheduler.Scheduler([], {}, asked, backend, asked, on_event=lambda _: None)
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGINT):
+        work._stop(number)
+    assert stopped == [signal.SIGTERM, signal.SIGKILL]
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])

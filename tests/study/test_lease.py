@@ -110,9 +110,18 @@ def test_ages_are_told_by_the_disk_and_not_by_this_hosts_clock(
         pytest.fail("the block must not run")
 
 
-def test_one_from_a_clock_that_was_ahead_is_as_stale_as_one_that_is_old(lock: Path) -> None:
+def test_one_from_a_clock_that_was_ahead_is_stale_unless_it_is_touched_by_the_clock_of_now(
+    lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forge(lock, -10 * STALE_SECONDS)
-    assert not is_held(lock)
+    assert is_held(lock)
+    with monkeypatch.context() as patched:
+        # Another process lives, and beats meanwhile.
+        patched.setattr(time, "sleep", lambda _: os.utime(heartbeat_of(lock)))
+        with pytest.raises(ValueError, match="node-7"), lease(lock, refusal):
+            pytest.fail("the block must not run")
+    forge(lock, -10 * STALE_SECONDS)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     with lease(lock, refusal):
         pass
 

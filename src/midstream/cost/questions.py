@@ -62,8 +62,9 @@ VISUAL_SIZES: Mapping[str, VisualSize] = {
     "nlvr2": VisualSize(6_967, answers=2, pictures=2),
     "muirbench": VisualSize(2_600, answers=4, pictures=11_264 / 2_600),
 }
-# Questions of releases that are whole, too: POPE's since October 2023, NLVR2's development set.
-_OTHER_SIZES = {"pope": 9_000, "nlvr2": 6_982}
+# Questions of releases that are whole, too: POPE's since October 2023, NLVR2's development set,
+# AI2D's test set, which is all that tables of the hub hold.
+_OTHER_SIZES = {"pope": 9_000, "nlvr2": 6_982, "ai2d": 3_088}
 TEXT_SIZES: Mapping[str, TextSize] = {
     "agieval_sat_en": TextSize(206, 4),
     "arc_easy": TextSize(2_376, 4),

@@ -38,7 +38,7 @@ def watch_over(training: int, _worker: int = 0) -> None:
             ends.register(os.pidfd_open(training), select.POLLIN)
         except ProcessLookupError:
             os._exit(1)
-        except OSError:  # kernels before 5.3, and some containers, know no such thing
+        except (OSError, AttributeError):  # old kernels, and some Pythons, know no such thing
             return
         ends.poll()
         os._exit(1)

@@ -168,14 +168,14 @@ def read_json_file(path: Path) -> Any:
 
 
 def find_file(folder: Path, *patterns: str) -> Path:
-    """The file of a folder that the first fitting pattern names, else the file of the first
-    pattern's name in a folder below; no training file where no shots are drawn from it.
+    """The file of a folder that the first fitting pattern names; no training file of a benchmark
+    where no shots are drawn from it.
 
     Raises FileNotFoundError that lists what is there, ValueError where a pattern fits several.
     """
-    for pattern in (*patterns, f"*/{patterns[0]}"):
+    for pattern in patterns:
         found = sorted(p for p in folder.glob(pattern) if p.is_file() and not is_hidden(p.name))
-        if not is_pool(folder.name):
+        if not is_pool(folder.name) and not pattern.startswith("*."):
             found = [path for path in found if "train" not in re.split(r"[\W_\d]+", path.stem)]
         if len(found) > 1:
             names = ", ".join(str(path.relative_to(folder)) for path in found[:5])

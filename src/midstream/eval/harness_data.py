@@ -48,7 +48,8 @@ def split_files(
     if configuration and not root.is_dir() and (strange or len(places) > 1):
         raise ValueError(
             f"text task {name}: {folder} holds {split!r} in {', '.join(places[:5])} and no folder "
-            f"{configuration}, whose files alone are the task's; leave these there alone"
+            f"{configuration}, whose files alone are the task's; put them into "
+            f"{folder / configuration}"
         )
     kind, *others = {_kind(path) or "" for path in named}
     if others:

@@ -116,7 +116,9 @@ def _picture(record: Record, look: Pictures, name: str) -> Path:
 
 
 def _all_tables(folder: Path) -> list[Path]:
-    found = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}*.parquet")]
+    # No other folders: `folder` may hold those of several benchmarks.
+    places = ("", "data/", "Full/", "testdev_balanced_*/")
+    found = [path for place in places for path in folder.glob(f"{place}*.parquet")]
     return sorted(path for path in found if not is_hidden(path.name))
 
 

@@ -106,7 +106,7 @@ def read_vqav2(folder: Path, look: Pictures) -> Asked:
 def read_gqa(folder: Path, look: Pictures) -> Asked:
     """GQA's balanced test-dev questions; gold is the answer's text."""
     exact = f"{split_of(folder, 'testdev')}_balanced_questions.json"
-    patterns = (exact, "*balanced_questions.json", "*questions*.json")
+    patterns = (exact, "*balanced_questions.json", "*questions*.json", f"questions1.2/{exact}")
     for key, record in entries(find_file(folder, *patterns)):
         image = look.find(record, f"{record.identifier('imageId')}.jpg")
         answer, question = record.text("answer"), record.text("question")

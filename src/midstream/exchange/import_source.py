@@ -117,7 +117,7 @@ def locate(request: ImportRequest) -> Source:
     else:
         told = "give an epoch_N.pt, a folder or a hub name (owner/name)"
         address = _HUB_ADDRESS.fullmatch(request.source)
-        if address is not None and address["name"] != request.source:
+        if address is not None and address["name"] != request.source.rstrip("/"):
             revision = f" --revision {address['revision']}" if address["revision"] else ""
             told = f"a hub's model is given by its name: {address['name']}{revision}"
         raise FileNotFoundError(f"{request.source} does not exist; {told}")

@@ -306,6 +306,8 @@ class Scheduler:
 
     def _stop(self, number: int) -> None:
         """First signal: ask for a checkpoint and a stop. Second: end all. A queue goes on."""
+        if number == signal.SIGHUP and self.num_signals:
+            return  # a terminal that is closed may send two
         self.num_signals += 1
         if not self.backend.queues:
             self.backend.stop(signal.SIGTERM if self.num_signals == 1 else signal.SIGKILL)

@@ -36,15 +36,18 @@ AT_FAULT = {
     r"(?i)node configuration|gres|cpu count": "gpus, cpus, memory or constraint",
     r"(?i)partition": "partition",
 }
-# In sbatch's environment, values that go before those of a script; these say what it leaves open.
-LEFT_OPEN = {
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_QOS": "qos",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_MEM_PER_NODE": "memory",
+# In sbatch's environment, values that go before those of a script, by the setting that it says them
+# for; "": it always does.
+SAID = {
+    "JOB_NAME|OUTPUT|ERROR|OPEN_MODE|SIGNAL|(NO_)?REQUEUE|ARRAY_INX|EXPORT|WAIT|DEPENDENCY": "",
+    "TIMELIMIT": "time_minutes",
+    "PARTITION": "partition",
+    "ACCOUNT": "account",
+    "QOS": "qos",
+    "CONSTRAINT": "constraint",
+    r"MEM_PER_\w+": "memory",
+    r"GPUS\w*|GRES": "gpus",
 }
-OF_THE_SITE = ("SBATCH_CLUSTERS", "SBATCH_RESERVATION", "SBATCH_WCKEY", "SLURM_CONF")
 # So often a work that resumes is queued again at the end of its time; more than a source takes.
 MAX_PIECES = 20
 
@@ -63,14 +66,14 @@ class Refused(Exception):  # noqa: N818 - it says what sbatch says
 def submitting(asked: SlurmResources) -> Iterator[None]:
     """Within the block the environment is what jobs are to have: nothing of a job, or of ranks,
     that this process is part of, and no default of sbatch's where `asked` says otherwise."""
-    kept = {name for name, field in LEFT_OPEN.items() if getattr(asked, field) is None}
-    begins: tuple[str, ...] = ("SBATCH_",)
+    said = (names for names, of in SAID.items() if not of or getattr(asked, of) is not None)
+    others = [f"SBATCH_({'|'.join(said)})", workers.OF_RANKS.pattern]
     if "SLURM_JOB_ID" in os.environ:
-        begins += ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+        others.append(r"(?!SLURM_CONF\Z)(SLURM|SLURMD|SRUN|SUBMITIT)_\w+")
     before = {
         name: os.environ.pop(name)
-        for name in os.environ.keys() - kept - set(OF_THE_SITE)
-        if name.startswith(begins) or workers.OF_RANKS.fullmatch(name)
+        for name in list(os.environ)
+        if any(re.fullmatch(pattern, name) for pattern in others)
     }
     try:
         yield
@@ -119,7 +122,8 @@ def submit(
             # What waits for a job that fails is cancelled, also where no launcher follows.
             "kill-on-invalid-dep": "yes",
             **({"mem": asked.memory} if asked.memory else {}),
-            **asked.extra,
+            # As submitit spells its own, which they may replace.
+            **{name.replace("-", "_"): value for name, value in asked.extra.items()},
         },
     )
     try:

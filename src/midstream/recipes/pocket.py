@@ -76,8 +76,10 @@ ASKED = Evaluation(
 def encoder_stage(
     data: Prepare, *, num_steps: int, encoder: EncoderConfig = ENCODER, max_text_tokens: int = 80
 ) -> TrainEncoder:
-    """The tiny SigLIP encoder, or another tower, trained on the world's captions of 24 tokens at
-    most."""
+    """The tiny SigLIP encoder, or another tower, trained on the world's captions.
+
+    These have 24 tokens at most; the scale's studies keep the 80 that they were run with.
+    """
     return TrainEncoder(
         data=data,
         encoder=encoder,

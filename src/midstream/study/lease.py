@@ -351,6 +351,11 @@ class _Heartbeat:
         if not _is_gone(holder):
             try:
                 age = _age(self._path)
+                if age < -BEAT_SECONDS:
+                    # Who lives touches it by the clock of now.
+                    time.sleep(2 * BEAT_SECONDS)
+                    age = _age(self._path)
+                    age = STALE_SECONDS if age < 0 else age
             except FileNotFoundError:  # just given up
                 return
             who = holder or "an unknown process"
@@ -427,7 +432,7 @@ def _born(pid: int | None = None) -> str | None:
 
 
 def _age(path: Path) -> float:
-    """Seconds since a heartbeat by the disk's clock, or until it where that was set back or the
+    """Seconds since a heartbeat by the disk's clock, less than none where that was set back or the
     file came from another machine; FileNotFoundError if it is not there."""
     # An open file's times are asked of the server anew, those of a name may be remembered.
     with path.open("rb") as stream:
@@ -435,12 +440,12 @@ def _age(path: Path) -> float:
     probe = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         with probe.open("x") as stream_now:
-            return abs(os.fstat(stream_now.fileno()).st_mtime - last)
+            return os.fstat(stream_now.fileno()).st_mtime - last
     except OSError:
         if os.access(path.parent, os.W_OK):
             raise
         # Who may only look goes by the host's clock.
-        return abs(time.time() - last)
+        return time.time() - last
     finally:
         with suppress(OSError):
             probe.unlink()

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from midstream.config import Machine
+from midstream.core.storage import num_cores
 from midstream.model.weights import shard_of, shard_rows
 
 # How much faster bfloat16 must multiply than float32 to be what a device computes in by itself.
@@ -256,7 +257,7 @@ def data_workers(machine: Machine, device: torch.device) -> int:
         return machine.data_workers
     if device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) // (machine.workers * machine.ranks)
+    cores = num_cores() // (machine.workers * machine.ranks)
     return min(MOST_DATA_WORKERS, max(1, cores - machine.threads))
 
 

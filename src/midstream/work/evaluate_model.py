@@ -236,7 +236,10 @@ def _asked(request: EvaluateRequest, data: Path) -> Evaluation:
         text = dict.fromkeys(HARNESS_TASKS)
         chosen = [name for name in names if name in VISUAL_FORMATS]
     if not names:
-        raise ValueError(f"{data} holds no task that is known; see midstream eval --list")
+        raise ValueError(
+            f"{data} holds no task that is known; see midstream eval --list, or name the task that "
+            "its files are of (--task)"
+        )
     known = set(VISUAL_FORMATS) | set(text) | set(HARNESS_TASKS)
     unknown = [name for name in names if name not in chosen and name not in known]
     # The harness knows many more than stand here; a slip of the pen it would not find.
