@@ -330,7 +330,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "both.yaml").write_text(json.dumps(group))
     (folder / "bare.yaml").write_text(json.dumps({"group": "bare", "task": ["write"]}))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    for module in ("text", "find_task"):
+    for module in ("text", "find_task", "harness_data"):
         monkeypatch.setattr(f"midstream.eval.{module}.manager", lambda: manager)
     # All of it is here.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
