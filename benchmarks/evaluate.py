@@ -38,6 +38,8 @@ from midstream.work.open_model import look_through
 VOCABULARY = 50_432
 # As many words as a prompt of a benchmark has tokens, with the turn around it.
 QUESTION_WORDS, NEW_TOKENS = 25, 10
+# As many rows at a time as `midstream eval` has where nothing is said.
+BATCH_SIZE = 16
 CONTEXT, ENDINGS, ENDING = 60, 4, 12
 GOLD = [5, 6, 7]
 
@@ -127,7 +129,7 @@ def _answers(
                 image_of=picture_of,
                 max_new_tokens=NEW_TOKENS,
                 stop_ids=frozenset(),
-                batch_size=given.questions,
+                batch_size=BATCH_SIZE,
             )
 
         def one_by_one() -> list[list[int]]:

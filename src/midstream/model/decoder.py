@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import layer_norm, linear, pad, silu
+from torch.nn.functional import layer_norm, linear, silu
 
 from midstream.config import DecoderConfig
 from midstream.model.attention import Mask, attend
@@ -29,12 +29,16 @@ class Cache:
 
     def select(self, rows: Int[Tensor, " chosen"], columns: int | None = None) -> "Cache":
         """A new cache of these rows, which may repeat, with the same room or another one."""
-        keys, values = self.keys[:, rows], self.values[:, rows]
-        if columns is not None and columns != keys.shape[3]:
+
+        def chosen(held: Tensor) -> Tensor:
+            layers, _, heads, room, channels = held.shape
+            found = held.new_empty(layers, len(rows), heads, columns or room, channels)
             # What is held is shorter than either room.
-            new = (0, 0, 0, columns - self.length)
-            keys, values = (pad(one[:, :, :, : self.length], new) for one in (keys, values))
-        return Cache(keys, values, self.length)
+            there = found[:, :, :, : self.length]
+            torch.index_select(held[:, :, :, : self.length], 1, rows, out=there)
+            return found
+
+        return Cache(chosen(self.keys), chosen(self.values), self.length)
 
     @classmethod
     def joined(cls, caches: "Sequence[Cache]") -> "Cache":
@@ -288,7 +292,7 @@ class Decoder(nn.Module):
         """An empty cache with room for `columns` positions."""
         config = self.config
         shape = (config.num_layers, rows, config.num_heads, columns, config.head_dim)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         return Cache(keys, values)
 
     def initialisers(self) -> dict[str, Initialiser]:
