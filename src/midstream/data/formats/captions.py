@@ -26,6 +26,7 @@ from midstream.data.formats.files import (
 )
 from midstream.data.formats.json_records import inside as inside_of
 from midstream.data.formats.json_records import unicode_problem, unquoted
+from midstream.data.formats.packed import decoded
 from midstream.data.formats.records import (
     LARGEST_BYTES,
     PICTURES,
@@ -34,7 +35,6 @@ from midstream.data.formats.records import (
     ReadOptions,
     Sample,
 )
-from midstream.data.formats.utf16 import decoded
 from midstream.data.source_writer import Reject
 
 # How JPEG, PNG, WebP and GIF begin in base64; no name of a file is so long and begins so.

@@ -29,8 +29,7 @@ from midstream.core.digests import (
     plain_name,
     walk,
 )
-from midstream.data.formats.packed import open_packed, packed_as
-from midstream.data.formats.utf16 import AsUtf8, is_utf16
+from midstream.data.formats.packed import AsUtf8, is_utf16, open_packed, packed_as
 from midstream.data.remote import (
     NUM_REQUESTS,
     RemoteError,
