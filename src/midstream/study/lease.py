@@ -354,8 +354,7 @@ class _Heartbeat:
                 if age < -BEAT_SECONDS:
                     # Who lives touches it by the clock of now.
                     time.sleep(2 * BEAT_SECONDS)
-                    age = _age(self._path)
-                    age = STALE_SECONDS if age < 0 else age
+                    age = again if (again := _age(self._path)) >= 0 else STALE_SECONDS
             except FileNotFoundError:  # just given up
                 return
             who = holder or "an unknown process"
