@@ -44,6 +44,9 @@ words, real, fresh = sys.argv[1:], {python!r}, {fresh!r}
 warm = (words[:1] == ["-m"] and words[1] in {modules!r}) or words[:1] == [{script!r}]
 if not warm or [os.environ.get(name) for name in fresh] != {values!r}:
     os.execv(real, [real, *words])
+# A signal that comes before it can be passed on waits.
+stops = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+signal.pthread_sigmask(signal.SIG_BLOCK, stops)
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 given = json.dumps([words, dict(os.environ), os.getcwd()]).encode()
@@ -51,8 +54,9 @@ places = array.array("i", [0, 1, 2]).tobytes()
 server.sendmsg([len(given).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, places)])
 server.sendall(given)
 pid = int.from_bytes(server.recv(8), "big")
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+for number in stops:
     signal.signal(number, lambda number, frame: os.kill(pid, number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 for place in (0, 1, 2):
     os.close(place)
 code = os.waitstatus_to_exitcode(int.from_bytes(server.recv(8), "big"))
