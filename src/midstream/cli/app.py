@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from midstream import __version__
 from midstream.cli import (
@@ -41,25 +41,27 @@ _HOME = re.compile(r"""(?:(?<=[=,\["'])|\A)~(?=/|\Z)""")
 
 
 # Options that say something of another one alone.
-GO_WITH = {
-    ("chat", "--port"): "--web",
-    ("eval", "--wrong"): "--show",
-    ("run", "--max-seeds"): "--decide",
-    ("show-data", "--rows"): "--stats",
-    ("status", "--every"): "--watch",
-}
+GO_WITH = {"port": "web", "wrong": "show", "max_seeds": "decide", "rows": "stats", "every": "watch"}
+
+
+class Command(TyperCommand):
+    """A command; an option without the one that it goes with ends it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Look at what was given, then run."""
+        for option, other in GO_WITH.items():
+            source = ctx.get_parameter_source(option)
+            given = source is not None and source.name == "COMMANDLINE"
+            if given and other in ctx.params and not ctx.params[other]:
+                ctx.fail(f"--{option.replace('_', '-')} goes with --{other}")
+        return super().invoke(ctx)
 
 
 class Commands(TyperGroup):
     """The commands; ~/ is the home folder wherever it begins a name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """The arguments as the commands see them; an option without the one that it goes with
-        ends the command."""
-        given = {text.partition("=")[0] for text in args}
-        for (command, option), other in GO_WITH.items():
-            if command in args[:1] and option in given and other not in given:
-                ctx.fail(f"{option} goes with {other}")
+        """The arguments as the commands see them."""
         home = os.path.expanduser("~")
         return super().parse_args(ctx, [_HOME.sub(lambda _: home, text) for text in args])
 
@@ -221,7 +223,7 @@ def prepare(
     store_commands.print_summary(summary, time.monotonic() - started)
 
 
-@app.command("show-data")
+@app.command("show-data", cls=Command)
 @user_errors
 def show_data(
     study: StudyName,
@@ -295,7 +297,7 @@ ALL_COMMANDS: dict[str, Callable[..., None]] = {
     "report": store_commands.report,
 }
 for command_name, command_of in ALL_COMMANDS.items():
-    app.command(command_name)(user_errors(command_of))
+    app.command(command_name, cls=Command)(user_errors(command_of))
 
 
 join_app = typer.Typer(help="Join sets of data that belong together.", no_args_is_help=True)

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -38,8 +37,8 @@ from midstream.data.formats.files import find_files, folder_of, is_url, name_som
 from midstream.data.formats.records import PICTURES as SUFFIXES
 from midstream.data.formats.records import ReadOptions, Sample, samples_of
 from midstream.data.formats.tables import JOINED_ROOT
+from midstream.data.processes import leave_with_parent
 from midstream.data.shard_state import stamp_of
-from midstream.data.shard_workers import leave_with_parent
 from midstream.data.sources import content_hash
 from midstream.data.uids import (
     CAPTIONS,
@@ -375,7 +374,7 @@ def _start(join: Join) -> None:
     # Ctrl-C reaches every process of a terminal: the first one decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pa.set_cpu_count(1)
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    leave_with_parent()
     _own.append(join)
 
 

@@ -3,7 +3,6 @@
 The loader's whole state is one integer: the rows consumed.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,7 +21,7 @@ from midstream.core.tokens import TokenCount, num_shown
 from midstream.data.columns import Shard
 from midstream.data.examples import Run, runs_of
 from midstream.data.lengths import SourceLengths, fit_to_rows
-from midstream.data.row_processes import plain_errors, watch_over
+from midstream.data.processes import plain_errors, watch_over
 from midstream.data.sources import Source
 from midstream.order.mixture import Quota, Supply
 from midstream.order.pack import deal_parts
@@ -393,7 +392,7 @@ def load_steps(
         # Else the loader draws its workers' seed from the global generator.
         generator=torch.Generator(),
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=partial(watch_over, os.getpid()) if workers else None,
+        worker_init_fn=watch_over if workers else None,
     )
     batches = iter(loader)
     for step in steps:

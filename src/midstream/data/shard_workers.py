@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from midstream.data.examples import TextCodec
+from midstream.data.processes import leave_with_parent
 from midstream.data.shard_state import Job, Todo
 from midstream.data.shards import Ended, make_shard
 
@@ -152,17 +152,8 @@ def _start(job: Job, shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One process a core is what `workers` asks for.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    leave_with_parent()
     _own.update(job=job, shared=shared, codec=TextCodec.from_file(job.tokenizer_file))
-
-
-def leave_with_parent() -> None:
-    """End this process of a pool when the one that started it has ended."""
-    # The pool's queues stay open in its workers: they would wait for ever for a killed parent.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _work(item: Todo) -> Ended:

@@ -167,15 +167,15 @@ def read_json_file(path: Path) -> Any:
         raise ValueError(told) from None
 
 
-def find_file(folder: Path, *patterns: str) -> Path:
+def find_file(folder: Path, *patterns: str, own: bool = False) -> Path:
     """The file of a folder that the first fitting pattern names; no training file of a benchmark
-    where no shots are drawn from it.
+    where no shots are drawn from it. `own` questions may be called anything.
 
     Raises FileNotFoundError that lists what is there, ValueError where a pattern fits several.
     """
     for pattern in patterns:
         found = sorted(p for p in folder.glob(pattern) if p.is_file() and not is_hidden(p.name))
-        if not is_pool(folder.name) and not pattern.startswith("*."):
+        if not (own or is_pool(folder.name)):
             found = [path for path in found if "train" not in re.split(r"[\W_\d]+", path.stem)]
         if len(found) > 1:
             names = ", ".join(str(path.relative_to(folder)) for path in found[:5])

@@ -252,7 +252,7 @@ def read_qa(folder: Path, look: Pictures) -> Asked:
     its line. Raises ValueError for an answer that is none of the choices, and for choices that are
     equal once normalised.
     """
-    path = find_file(folder, "questions.jsonl", "*.jsonl", "*.jsonl.gz")
+    path = find_file(folder, "questions.jsonl", "*.jsonl", "*.jsonl.gz", own=True)
     for number, record in enumerate(lines(path), start=1):
         if "answer" in record and "answers" in record:
             record.refuse("it has both 'answer' and 'answers'; keep one of them")

@@ -1,8 +1,8 @@
-"""Processes that load rows for a training process: how they end, and what their errors say."""
+"""Processes that read or load data for another: how they end, and what their errors say."""
 
+import multiprocessing
 import os
 import re
-import select
 import shutil
 import sys
 import threading
@@ -19,32 +19,33 @@ _CAUGHT = re.compile(
 )
 
 
-def watch_over(training: int, _worker: int = 0) -> None:
-    """Have this process end where nobody would wait for its rows, or would wait for ever.
+def leave_with_parent() -> None:
+    """End this process, in whatever it does, when the one that asked for it has ended.
 
-    That is once the process `training` is gone, which a fork server outlives, and where a batch
-    cannot be sent, which is dropped by default, as where shared memory is full.
+    The queues between them stay open in their like: they would wait for ever for a killed parent.
     """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def watch_over(_worker: int) -> None:
+    """Have this loader of rows end where nobody would wait for them, or would wait for ever: with
+    the training process, and where a batch cannot be sent, which is dropped by default, as where
+    shared memory is full."""
 
     def lost(error: Exception, _batch: object) -> None:
         print(f"rows could not be sent to the training process: {error}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
 
-    def wait_for_its_end() -> None:
-        ends = select.poll()
-        try:
-            # Unlike its number, this tells of one that nobody has waited for yet.
-            ends.register(os.pidfd_open(training), select.POLLIN)
-        except ProcessLookupError:
-            os._exit(1)
-        except (OSError, AttributeError):  # old kernels, and some Pythons, know no such thing
-            return
-        ends.poll()
-        os._exit(1)
-
     setattr(Queue, "_on_queue_feeder_error", staticmethod(lost))  # noqa: B010
-    threading.Thread(target=wait_for_its_end, daemon=True).start()
+    leave_with_parent()
 
 
 @contextmanager

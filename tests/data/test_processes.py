@@ -1,5 +1,7 @@
 """Processes that load rows end with who waits for them, and speak as their errors do."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -7,43 +9,47 @@ import pytest
 from torch.utils.data._utils.worker import ExceptionWrapper
 
 from midstream.core.storage import CorruptError
-from midstream.data.row_processes import plain_errors
+from midstream.data.processes import plain_errors
 
-# What cannot be pickled cannot be sent; then the process would wait for ever.
-SENDS = """
-import os, time
-from multiprocessing import Queue
-from midstream.data.row_processes import watch_over
-watch_over(os.getpid())
-Queue().put(lambda: 0)
-time.sleep(60)
+# A training process, and one that loads its rows.
+TRAINS = """
+import multiprocessing, sys, time
+from midstream.data.processes import watch_over
+
+def load():
+    watch_over(0)
+    {}
+    print("loads", flush=True)
+    time.sleep(60)
+
+process = multiprocessing.get_context("fork").Process(target=load)
+process.start()
+process.join()
+sys.exit(process.exitcode)
 """
-OUTLIVES = """
-import sys, time
-from midstream.data.row_processes import watch_over
-watch_over(int(sys.argv[1]))
-time.sleep(60)
-"""
 
 
-def ends(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+def trains(more: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", TRAINS.format(more)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_a_process_that_cannot_send_its_rows_ends() -> None:
-    ended = ends(SENDS)
-    assert ended.returncode == 1
-    assert "rows could not be sent to the training process: Can't pickle" in ended.stderr
+    # What cannot be pickled cannot be sent; then the process would wait for ever.
+    training = trains("multiprocessing.Queue().put(lambda: 0)")
+    _, told = training.communicate(timeout=50)
+    assert training.returncode == 1
+    assert "rows could not be sent to the training process: Can't pickle" in told
 
 
-@pytest.mark.parametrize("is_waited_for", [True, False])
-def test_a_process_whose_training_process_is_gone_ends(is_waited_for: bool) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    if is_waited_for:
-        gone.wait()
-    assert ends(OUTLIVES, str(gone.pid)).returncode == 1
-    gone.wait()
+def test_a_process_ends_with_its_training_process_that_nobody_has_waited_for() -> None:
+    training = trains("")
+    assert training.stdout is not None
+    assert training.stdout.readline() == "loads\n"
+    os.kill(training.pid, signal.SIGKILL)
+    # Whoever loads rows has these pipes too.
+    assert training.communicate(timeout=50)[0] == ""
 
 
 @pytest.mark.parametrize(
