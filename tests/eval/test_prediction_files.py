@@ -47,6 +47,17 @@ def test_ids_and_answers_stand_under_the_keys_of_other_tools(
     assert read(tmp_path / "p.json", records) == READ
 
 
+@pytest.mark.parametrize("key", ["llava_answer", "model_pred", "result", "reply", "decoded"])
+def test_what_a_model_said_is_not_told_from_a_gold_answer_by_guessing(
+    tmp_path: Path, key: str
+) -> None:
+    assert read(tmp_path / "p.json", [{"question_id": 7, key: "red"}]) == READ[:1]
+    with pytest.raises(ValueError, match=f"has 'answer' beside '{key}'"):
+        read(tmp_path / "p.json", [{"question_id": 7, "answer": "gold", key: "red"}])
+    gold = [{"question_id": 7, "answer": "red", "gold_answer": "x", "correct_answers": "x"}]
+    assert read(tmp_path / "p.json", gold) == READ[:1]
+
+
 @pytest.mark.parametrize(
     "table",
     [

@@ -385,6 +385,32 @@ def test_marks_of_a_chat_template_in_answers_are_told(gqa: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("around", ["The answer is {}.", "USER: ? ASSISTANT: {}", "{}\n\nUSER: ?"])
+def test_right_answers_among_other_words_score_nothing_and_are_told(gqa: Path, around: str) -> None:
+    golds = ("red", "yes", "t-shirt")
+    row = score(gqa, [{"id": 100 + i, "answer": around.format(t)} for i, t in enumerate(golds)])
+    assert row["score"] == 0
+    assert any("3 of 3 wrong answers hold a right one" in note for note in row["notes"])
+    row = score(
+        gqa, [{"id": 100 + i, "answer": t} for i, t in enumerate(("red", "yesterday", "x"))]
+    )
+    assert not row["notes"]
+
+
+def test_answers_that_are_the_gold_ones_beside_other_texts_are_told(gqa: Path) -> None:
+    golds = ("red", "yes", "t-shirt")
+    rows = [{"id": 100 + i, "answer": t, "llava-1.5": "no"} for i, t in enumerate(golds)]
+    row = score(gqa, rows)
+    assert row["score"] == 1
+    assert any("line 1 has other texts under llava-1.5" in note for note in row["notes"])
+
+
+def test_pictures_do_not_say_the_order_of_answers(gqa: Path) -> None:
+    rows = [{"image_id": 7 - n, "answer": text} for n, text in enumerate(("t-shirt", "yes", "red"))]
+    with pytest.raises(ValueError, match=r"nothing says which is whose.* has id 7"):
+        score(gqa, rows)
+
+
 def test_a_part_of_a_word_is_not_the_question(gqa: Path) -> None:
     path = gqa / "testdev_balanced_questions.json"
     path.write_text(re.sub(r"What is (\d)\?", r"the cat \1", path.read_text()))
@@ -468,7 +494,7 @@ def test_a_table_is_read_whose_answer_column_is_the_right_one(
             writer.writerow([key, f"What is {number}?", "gold", said])
     assert [one.answer for one in read_predictions(path)] == list(SAID.values())
     assert score_predictions(gqa, "gqa", path)["score"] == pytest.approx(2 / 3)
-    path.write_text(path.read_text().replace("prediction", "reply"))
+    path.write_text(path.read_text().replace("prediction", "words"))
     with pytest.raises(ValueError, match=r"row 2 has no answer, .* VLMEvalKit's .*add prediction$"):
         read_predictions(path)
     path.write_text(f"index{separator}prediction\n1\n")

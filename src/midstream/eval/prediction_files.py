@@ -33,12 +33,14 @@ _KEYS = {
     key.replace("_", ""): key
     for key in (*_IDS, *_ANSWERS, *_QUESTIONS, "doc_id", "filtered_resps", "image_id", "caption")
 }
-# Other names of what a model said: pred_answer, model_response, outputs.
+# Other names of what a model said: pred_answer, llava_answer, model_response, outputs.
 _SAID = re.compile(
-    r"(model|llm|vlm|raw|full|final|parsed|generated)(answer|response|output|prediction)s?"
-    r"|(response|output|prediction)s"
-    r"|pred(icted|iction)?(answer|text|label)|generat(ed|ion)s?|hypothesis|completion"
+    r"(model|llm|vlm|raw|full|final|parsed|generated)(response|output)s?"
+    r"|(response|output)s|\w*pred\w*|repl(y|ies)|results?|decoded"
+    r"|(?!gold|gt|true|correct|right|ref|label|target|ground|human|expect|standard|direct|multiple)"
+    r"\w+answers?|generat(ed|ion)s?|hypothesis|completion"
 )
+_KNOWN = {*_KEYS.values()}
 _SEPARATORS = "\t,;"
 _LINES = "give JSON lines of question_id and answer, or a table whose first line names its columns"
 _LAYOUTS = {
@@ -58,7 +60,8 @@ class Prediction:
     """An answer of a predictions file, None where the file says that there is none.
 
     `ids` are what it is called by, under each key; `name` is one of them. `question` may be a whole
-    prompt around it; `place` is its number in the order of the questions.
+    prompt around it; `place` is its number in the order of the questions. `beside` are other keys
+    with texts, where its own may also be that of the gold answer.
     """
 
     where: str
@@ -67,6 +70,7 @@ class Prediction:
     question: str | None = None
     place: int | None = None
     ids: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -236,11 +240,8 @@ def _prediction(value: Any, where: str) -> Prediction:
     keys = [key for key in _ANSWERS if key in value]
     if not keys and {"image_id", "caption"} <= value.keys():
         value, keys = {"id": value["image_id"], "text": value["caption"]}, ["text"]
-    others = [
-        key
-        for key, one in value.items()
-        if key not in _KEYS.values() and isinstance(one, str) and _SAID.fullmatch(_plain_key(key))
-    ]
+    texts = [key for key, one in value.items() if isinstance(one, str) and key not in _KNOWN]
+    others = [key for key in texts if _SAID.fullmatch(_plain_key(key))]
     if len(others) == 1 and not keys:
         keys = others
     elif others and keys and not set(keys) - {"answer", "text"}:
@@ -258,6 +259,8 @@ def _prediction(value: Any, where: str) -> Prediction:
     if not keys:
         raise ValueError(f"{where} has no answer, only {', '.join(given)}; {_nearest(given)}")
     held = {key: value[key] for key in _IDS if type(value.get(key)) in (str, int, float)}
+    if not held and place is None and type(value.get("image_id")) in (str, int):
+        held = {"image_id": value["image_id"]}
     ids = {
         key: str(_answer(one))
         for key, one in held.items()
@@ -274,7 +277,9 @@ def _prediction(value: Any, where: str) -> Prediction:
             f"{where} has {told} under {keys[0]!r}, which is no answer; give one text, one number, "
             "or the four numbers of a box"
         ) from None
-    return Prediction(where, answer, name, question, place if isinstance(place, int) else None, ids)
+    place = place if isinstance(place, int) else None
+    beside = tuple(texts) if keys[0] in ("answer", "text") else ()
+    return Prediction(where, answer, name, question, place, ids, beside)
 
 
 def _nearest(value: dict[str, Any]) -> str:

@@ -122,7 +122,45 @@ def _unread(
             f"thoughts, and are scored so: {marked[0].where} has "
             f"{_short(marked[0].answer or '')}; cut these off"
         )
+    return notes + _odd(task, pairs)
+
+
+def _odd(task: VisualTask, pairs: Sequence[tuple[Prediction, VisualExample]]) -> list[str]:
+    """What is odd about free answers: right ones inside of wrong ones, or nothing but golds."""
+    if task.format.reads or task.format.corpus is not None:
+        return []
+    wrong = [(one, e) for one, e in pairs if not task.format.score(one.answer or "", e.gold)]
+    golds = [(one, e) for one, e in pairs if one.beside and one.answer in _golds(e)]
+    notes = []
+    if len(golds) == len(pairs) > 1:
+        one = golds[0][0]
+        notes.append(
+            f"every answer is the gold one letter by letter, and {one.where} has other texts under "
+            f"{', '.join(one.beside)}: if these are the predictions, call that key 'prediction'"
+        )
+    inside = [one for one, e in wrong if any(_holds(one.answer, gold) for gold in _golds(e))]
+    if 3 * len(inside) > len(wrong):
+        notes.append(
+            f"{len(inside):,} of {len(wrong):,} wrong answers hold a right one among other words: "
+            f"{inside[0].where} has {_short(inside[0].answer or '')}; whole answers are compared, "
+            "so cut off what is not the answer (the prompt, a sentence around it)"
+        )
     return notes
+
+
+def _golds(example: VisualExample) -> list[str]:
+    gold = example.gold
+    answers = gold.get("answers") if isinstance(gold, dict) else gold
+    answers = [answers] if isinstance(answers, str) else answers or []
+    return [one for one in answers if isinstance(one, str) and one]
+
+
+def _holds(answer: str | None, gold: str) -> bool:
+    return f" {_only_words(gold)} " in f" {_only_words(answer or '')} "
+
+
+def _only_words(text: str) -> str:
+    return re.sub(r"\W+", " ", text).strip().lower()
 
 
 def _plain(name: str | None) -> str | None:
