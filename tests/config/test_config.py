@@ -46,6 +46,7 @@ ENCODER = {
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_every_model_refuses_an_unknown_field_and_names_the_known_ones(kind: type[Config]) -> None:
+    assert kind.model_config["frozen"]
     with pytest.raises(ValidationError) as caught:
         kind.model_validate({"zzz_unknown": 1})
     assert f"{kind.__name__} has no field 'zzz_unknown'" in str(caught.value)
@@ -58,52 +59,56 @@ def test_a_misspelt_field_gets_the_nearest_known_one() -> None:
         EncoderConfig.model_validate({**ENCODER, "n_layers": 4})
 
 
-@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
-def test_every_model_is_frozen(kind: type[Config]) -> None:
-    assert kind.model_config["frozen"]
-
-
 def test_a_frozen_model_refuses_another_value() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         PocketWorld().seed = 1
 
 
-# Parameter counts published with the models (79M: open_lm's own config; 1.4B: DCLM's "params").
+SHARES = (Share(source="a", share=1.0), Share(source="b", share=0.5))
+
+
 @pytest.mark.parametrize(
-    ("shape", "qk_norm", "num_parameters"),
+    ("kind", "values", "message"),
     [
-        ((512, 8, 4), True, 78_922_240),
-        ((576, 24, 8), True, 153_705_024),
-        ((1024, 24, 8), True, 411_665_408),
-        ((2048, 24, 16), False, 1_439_795_200),
+        (DecoderConfig, {"hidden_size": 66, "num_layers": 1, "num_heads": 2}, "66.*num_heads 2"),
+        (EncoderConfig, {**ENCODER, "hidden_size": 25}, "25.*no multiple of 2"),
+        (EncoderConfig, {**ENCODER, "feature_layer": 0}, r"must lie in -3\.\.-1"),
+        (EncoderConfig, {**ENCODER, "feature_layer": -4}, r"must lie in -3\.\.-1"),
+        (Rows, {"row_length": 0, "batch_rows": 1}, "greater than 0"),
+        (Mixture, {"total_tokens": 10, "shares": SHARES}, "not to 1"),
+        (Mixture, {"total_tokens": 10, "shares": SHARES[1:] * 2}, "named twice"),
+        (Mixture, {"total_tokens": 10, "shares": ()}, "at least 1 item"),
+        (Share, {"source": "a", "share": 1.5}, "less than or equal to 1"),
+        (WarmupCosine, {"peak_rate": 1.0}, "less than 1"),
+        (WarmupCosine, {"peak_rate": -1e-3}, "greater than or equal to 0"),
+        (
+            WarmupStableDecay,
+            {"peak_rate": 1e-3, "warmup_fraction": 0.7, "decay_fraction": 0.4},
+            r"0\.7 and decay_fraction 0\.4 are more than the whole",
+        ),
+        *(
+            (AdamW, {name: value}, name)
+            for name, value in {
+                "eps": 0.0,
+                "beta1": 1.0,
+                "beta2": -0.1,
+                "weight_decay": -1.0,
+                "clip_norm": 0.0,
+            }.items()
+        ),
+        *(
+            (Machine, {"nodes": 2, "workers": 1, "master": master}, "reached at HOST:PORT")
+            for master in ("node-0", "node-0:", ":29500")
+        ),
+        (Evaluation, {"prompts": "long"}, "official"),
+        (Rows, {"row_length": 8, "batch_rows": 1, "layout": "packed"}, "joined"),
     ],
 )
-def test_the_number_of_parameters_is_the_published_one(
-    shape: tuple[int, int, int], qk_norm: bool, num_parameters: int
+def test_what_fits_nothing_is_refused_with_its_numbers(
+    kind: type[Config], values: dict[str, Any], message: str
 ) -> None:
-    size, layers, heads = shape
-    decoder = DecoderConfig(hidden_size=size, num_layers=layers, num_heads=heads, qk_norm=qk_norm)
-    assert decoder.num_parameters == num_parameters
-
-
-@pytest.mark.parametrize(
-    ("size", "ffn_size"), [(512, 1536), (1024, 2816), (2048, 5632), (4096, 11008)]
-)
-def test_the_width_of_swiglu_is_that_of_openlm(size: int, ffn_size: int) -> None:
-    assert DecoderConfig(hidden_size=size, num_layers=1, num_heads=4).ffn_size == ffn_size
-
-
-def _refused(message: str, kind: type[Config], **values: Any) -> None:
     with pytest.raises(ValidationError, match=message):
         kind.model_validate(values)
-
-
-def test_shapes_that_do_not_fit_are_refused_with_both_numbers() -> None:
-    _refused("66.*num_heads 2", DecoderConfig, hidden_size=66, num_layers=1, num_heads=2)
-    _refused("25.*no multiple of 2", EncoderConfig, **{**ENCODER, "hidden_size": 25})
-    for layer in (0, -4):
-        _refused(r"must lie in -3\.\.-1", EncoderConfig, **{**ENCODER, "feature_layer": layer})
-    _refused("greater than 0", Rows, row_length=0, batch_rows=1)
 
 
 def test_a_picture_has_one_feature_a_whole_patch() -> None:
@@ -111,12 +116,7 @@ def test_a_picture_has_one_feature_a_whole_patch() -> None:
     assert EncoderConfig(**{**ENCODER, "image_size": 384, "patch_size": 14}).num_patches == 729
 
 
-def test_shares_must_add_up_to_one_and_name_each_source_once() -> None:
-    one, half = Share(source="a", share=1.0), Share(source="b", share=0.5)
-    _refused("not to 1", Mixture, total_tokens=10, shares=(one, half))
-    _refused("named twice", Mixture, total_tokens=10, shares=(half, half))
-    _refused("at least 1 item", Mixture, total_tokens=10, shares=())
-    _refused("less than or equal to 1", Share, source="a", share=1.5)
+def test_shares_of_thirds_add_up_to_one() -> None:
     thirds = tuple(Share(source=name, share=1 / 3) for name in "abc")
     assert Mixture(total_tokens=10, shares=thirds).max_epochs == 1
 
@@ -132,31 +132,6 @@ def test_a_budget_is_read_by_its_kind() -> None:
         Training.model_validate(values | {"budget": {"kind": "mixture", "epochs": 2}})
     with pytest.raises(ValidationError, match="kind"):
         Training.model_validate(values | {"budget": {"kind": "forever"}})
-
-
-def test_rates_are_learning_rates_below_one() -> None:
-    _refused("less than 1", WarmupCosine, peak_rate=1.0)
-    _refused("greater than or equal to 0", WarmupCosine, peak_rate=-1e-3)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"eps": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"weight_decay": -1.0}, {"clip_norm": 0.0}],
-)
-def test_what_adam_cannot_compute_with_is_refused(values: dict[str, float]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(values))):
-        AdamW.model_validate(values)
-
-
-@pytest.mark.parametrize("master", ["node-0", "node-0:", ":29500"])
-def test_the_first_node_is_a_host_and_a_port(master: str) -> None:
-    with pytest.raises(ValidationError, match="reached at HOST:PORT"):
-        Machine(nodes=2, workers=1, master=master)
-
-
-def test_choices_are_closed() -> None:
-    _refused("official", Evaluation, prompts="long")
-    _refused("joined", Rows, row_length=8, batch_rows=1, layout="packed")
 
 
 # Parameters: all, without the input embedding, without both embeddings. Sources: OpenLM's
@@ -195,13 +170,10 @@ def test_presets_have_openlms_parameters_to_the_last_one(
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_linear_parameters_are_the_matrices_between_the_embeddings(name: str) -> None:
+    assert name in {counted for counted, _, _ in COUNTS}
     decoder = on_meta(DECODERS[name])
     matrices = [one for one in decoder.layers.parameters() if one.dim() == 2]
     assert DECODERS[name].linear_parameters == sum(one.numel() for one in matrices)
-
-
-def test_every_preset_is_counted_and_none_is_left_out() -> None:
-    assert {name for name, _, _ in COUNTS} == set(DECODERS)
 
 
 @pytest.mark.parametrize(
@@ -305,32 +277,31 @@ def test_the_rate_is_a_function_of_the_share_and_not_of_the_scale() -> None:
         )
 
 
-@pytest.mark.parametrize("parent", [3e-5, 2e-5, 0.0])
-def test_a_continued_schedule_is_refused_where_the_parents_rate_is_at_its_end(
-    parent: float,
+@pytest.mark.parametrize(
+    ("schedule", "parent", "message"),
+    [
+        *(
+            (ContinuedCosine(end_rate=3e-5), parent, r"above the end rate 3e-05.*WarmupCosine")
+            for parent in (3e-5, 2e-5, 0.0)
+        ),
+        (ContinuedCosine(), None, r"its parent has none.*WarmupCosine"),
+        *(
+            (kind(peak_rate=0.0), None, r"the learning rate is 0 .* peak_rate above 0")
+            for kind in (WarmupCosine, Constant, WarmupStableDecay)
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_start_is_refused(
+    schedule: Any, parent: float | None, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"stage-7.*above the end rate 3e-05.*WarmupCosine"):
-        check_start(ContinuedCosine(end_rate=3e-5), parent, "stage-7")
-
-
-def test_a_continued_schedule_is_refused_without_a_parent() -> None:
-    with pytest.raises(ValueError, match=r"stage-7.*its parent has none.*WarmupCosine"):
-        check_start(ContinuedCosine(), None, "stage-7")
+    with pytest.raises(ValueError, match=f"stage-7.*{message}"):
+        check_start(schedule, parent, "stage-7")
 
 
 def test_other_starts_are_accepted() -> None:
     check_start(ContinuedCosine(end_rate=3e-5), 3.1e-5, "stage-7")
-    check_start(WarmupCosine(peak_rate=1e-3), None, "stage-7")
-    check_start(WarmupCosine(peak_rate=1e-3), 3e-5, "stage-7")
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [WarmupCosine(peak_rate=0.0), Constant(peak_rate=0.0), WarmupStableDecay(peak_rate=0.0)],
-)
-def test_a_rate_of_zero_is_refused(schedule: WarmupCosine | Constant | WarmupStableDecay) -> None:
-    with pytest.raises(ValueError, match=r"stage-7: the learning rate is 0 .* peak_rate above 0"):
-        check_start(schedule, None, "stage-7")
+    for parent in (None, 3e-5):
+        check_start(WarmupCosine(peak_rate=1e-3), parent, "stage-7")
 
 
 def test_a_constant_rate_stays_and_a_stable_one_falls_at_its_end() -> None:
@@ -341,11 +312,6 @@ def test_a_constant_rate_stays_and_a_stable_one_falls_at_its_end() -> None:
     )
     rates = [rate_at(stable, at, 1_000) for at in (50, 100, 800, 900, 1_000)]
     assert rates == pytest.approx([1e-3, 2e-3, 2e-3, 1.5e-3, 1e-3])
-
-
-def test_a_warm_up_and_a_decay_have_room_in_a_stage() -> None:
-    with pytest.raises(ValueError, match=r"0\.7 and decay_fraction 0\.4 are more than the whole"):
-        WarmupStableDecay(peak_rate=1e-3, warmup_fraction=0.7, decay_fraction=0.4)
 
 
 def test_the_first_step_of_a_warm_up_moves_the_weights() -> None:

@@ -95,19 +95,15 @@ def test_a_contrast_is_judged_by_all_cells_where_their_spreads_are_equal() -> No
     contrast = model.contrast({0: 1.0, 1: -0.5, 2: -0.5})
     assert contrast.pooled
     assert contrast.freedom == (PLACES - 1) * 3
-    assert model.spread is not None
     assert contrast.sd == pytest.approx(model.spread * math.sqrt(1.5))
 
 
 def test_a_place_with_a_wild_spread_is_judged_by_its_own() -> None:
     model = fit(simulated(np.random.default_rng(1), 8, (1.0,) * 6 + (30.0,)))
-    assert model.equal_spread is not None
     assert model.equal_spread < 1e-6
     calm, wild = model.contrast({0: 1.0, 1: -1.0}), model.contrast({0: 1.0, 6: -1.0})
     assert (calm.freedom, wild.freedom) == (7, 7)
     assert not calm.pooled
-    assert calm.sd is not None
-    assert wild.sd is not None
     assert wild.sd > 5 * calm.sd
 
 
@@ -194,12 +190,9 @@ def test_steins_design_covers_at_95_percent_within_the_half_width(spread: float)
         first = fit(scores).contrast({0: 1.0, 1: -1.0})
         assert first.sd is not None
         total = first.repetitions_for(1.0)
-        assert total is not None
         further = generator.normal(truth, spread * math.sqrt(2), total - 3)
         more = Contrast((3 * first.mean + float(further.sum())) / total, total)
         last = after_more(first, more)
-        assert last.low is not None
-        assert last.high is not None
         assert last.high - last.low <= 2.0 + 1e-9
         covered += last.low <= truth <= last.high
     assert 0.93 <= covered / rounds <= 0.97

@@ -48,7 +48,7 @@ from midstream.order.mixture import Supply
 from midstream.order.plan import make_plan
 from midstream.order.stream import ArrayLengths
 from midstream.study.results import SourceResult
-from midstream.study.stages import Continue, Evaluate, Finetune, PrepareSource, Stage
+from midstream.study.stages import Evaluate, PrepareSource, Stage
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
 
@@ -168,7 +168,6 @@ def test_a_text_stage_costs_three_forward_passes_of_its_positions(
     assert found.tokens == 10_000
     assert found.parameters == decoder.num_parameters
     assert found.basis == "counted"
-    assert found.parts is not None
     # The rows are the plan's, of 50 documents alike; one token in a hundred predicts nothing.
     supply = Supply("stories", ArrayLengths(np.full(50, 100)), True)
     budget = stage.training.budget.model_copy(update={"max_epochs": 2})
@@ -191,7 +190,6 @@ def test_a_long_stage_is_priced_as_its_plan_lays_it_out_from_a_sample_of_its_row
         "captions": random.integers(4, 40, 9_000),
     }
     stage = _by_kind(make_study())["continue"]
-    assert isinstance(stage, Continue)
     shares = (Share(source="stories", share=0.6), Share(source="captions", share=0.4))
     rows = Rows.model_validate({"row_length": 64, "batch_rows": 32, "layout": layout})
     budget = Mixture(total_tokens=500_000, shares=shares, max_epochs=2)
@@ -222,7 +220,6 @@ def test_a_long_stage_is_priced_as_its_plan_lays_it_out_from_a_sample_of_its_row
     plan = make_plan(supplies, budget, rows, 0)
     placed = [one for row in range(len(plan)) for one in plan.layout.row(row)]
     assert work == workload(stage.model, training, facts, "cuda")
-    assert work is not None
     assert work.rows > SAMPLE_ROWS
     assert work.rows == pytest.approx(len(plan), rel=0.005)
     assert work.images == pytest.approx(sum(one.source for one in placed), rel=0.005)
@@ -235,13 +232,10 @@ def test_shares_before_the_reduction_show_as_many_pictures_through_any_connector
 ) -> None:
     study = make_study()
     stage, ledger = _by_kind(study)["continue"], _prepared(study, tmp_path)
-    assert isinstance(stage, Continue)
-    assert isinstance(stage.training.budget, Mixture)
     pooled = ProjectorConfig(reduction=AveragePool(window=2))
     fewer = stage.model_copy(update={"projector": pooled})
     assert (stage.model.image_tokens, fewer.model.image_tokens) == (4, 1)
     plain = images_seen(stage, ledger)
-    assert plain is not None
     assert images_seen(fewer, ledger, "patches") == plain
     # Six tokens of text stand behind each.
     assert images_seen(fewer, ledger, "tokens") == pytest.approx(plain * 10 / 7)
@@ -249,7 +243,6 @@ def test_shares_before_the_reduction_show_as_many_pictures_through_any_connector
     training = stage.training.model_copy(update={"budget": budget})
     asked = fewer.model_copy(update={"training": training})
     work = work_of(asked, ledger)
-    assert work is not None
     assert work.images == plain
     # A picture takes three positions less.
     assert work.tokens == pytest.approx(budget.total_tokens - 3 * work.images, abs=2)
@@ -265,7 +258,6 @@ def _classes(lengths: np.ndarray, name: str) -> dict[str, list[list[int]]]:
 def test_rows_that_the_checks_refuse_have_no_cost(make_study: MakeStudy, tmp_path: Path) -> None:
     study = make_study()
     stage = _by_kind(study)["continue"]
-    assert isinstance(stage, Continue)
     rows = stage.training.rows.model_copy(update={"layout": "joined"})
     training = stage.training.model_copy(update={"rows": rows})
     joined = cost(stage.model_copy(update={"training": training}), _prepared(study, tmp_path))
@@ -277,7 +269,6 @@ def test_a_text_run_has_a_cost_before_anything_is_known_of_its_data(make_study: 
     found = cost(stage)
     assert found.basis == "expected"
     assert found.tokens == 10_000
-    assert found.flops is not None
     least = 6 * 10_000 * stage.decoder.linear_parameters
     assert found.flops > least
 
@@ -287,14 +278,12 @@ def test_tokens_of_epochs_are_unknown_until_the_data_is_prepared(
 ) -> None:
     study = make_study()
     stage = _by_kind(study)["finetune"]
-    assert isinstance(stage, Finetune)
     assert cost(stage).tokens is None
     assert cost(stage, Ledger(tmp_path)).flops is None
     found = cost(stage, _prepared(study, tmp_path))
     patches = stage.start.encoder.encoder.num_patches
     assert found.tokens == 2 * (700 + 30 * patches)
     assert found.parameters == model_parameters(stage.model)
-    assert found.flops is not None
     assert found.flops > 0
 
 
@@ -303,7 +292,6 @@ def test_conversations_that_are_cut_to_their_rows_are_priced_as_cut(
 ) -> None:
     study = make_study()
     stage = _by_kind(study)["finetune"]
-    assert isinstance(stage, Finetune)
     patches = stage.start.encoder.encoder.num_patches
     row_length = stage.training.rows.row_length
     number, tokens = 5, 5 * (row_length + 100)
@@ -318,7 +306,6 @@ def test_conversations_of_more_pictures_than_have_room_are_priced_with_those_tha
 ) -> None:
     study = make_study()
     stage = _by_kind(study)["finetune"]
-    assert isinstance(stage, Finetune)
     patches, length = stage.start.encoder.encoder.num_patches, stage.training.rows.row_length
     room = length // patches
     lengths = {"plain": [], "image": [[30, 700, 16_400]], f"{room + 2} images": [[5, 100, 2_000]]}
@@ -337,7 +324,6 @@ def test_a_plan_counts_with_the_captions_that_the_budget_asks_for(
     held = {"captions": {"original": 100, "synthetic": 100}, "seen": {"random": seen}}
     ledger = _prepared(study, tmp_path, captions=held)
     stage = _by_kind(study)["continue"]
-    assert isinstance(stage, Continue)
     patches = stage.encoder.encoder.num_patches
 
     def tokens(caption: str, source: str = "captions") -> int | None:
@@ -370,8 +356,6 @@ def test_a_stage_that_sees_is_unknown_without_facts_and_priced_from_expected_one
     assert (guessed.basis, counted.basis) == ("expected", "counted")
     assert guessed.tokens == counted.tokens == 4_000
     assert guessed.flops == pytest.approx(counted.flops, rel=0.05)
-    assert guessed.parts is not None
-    assert counted.parts is not None
     # Which pictures fill a step's last batch follows from the lengths.
     assert guessed.parts.encoder == pytest.approx(counted.parts.encoder, rel=0.25)
     assert guessed.parts.projector == counted.parts.projector > 0
@@ -386,12 +370,8 @@ def test_a_kept_decoder_saves_the_gradients_of_its_weights(
     stage = _by_kind(study)["continue"]
     frozen = stage.model_copy(update={"training": stage.training.model_copy(update=kept)})
     all_flops, needed = cost(stage, ledger).model_flops, cost(frozen, ledger).model_flops
-    assert all_flops is not None
-    assert needed is not None
     assert needed < all_flops
     whole, saved = cost(stage, ledger).parts, cost(frozen, ledger).parts
-    assert whole is not None
-    assert saved is not None
     assert saved.head == pytest.approx(whole.head * 2 / 3)
     assert saved.projector == whole.projector
     assert whole.decoder * 2 / 3 < saved.decoder < whole.decoder
@@ -405,7 +385,6 @@ def test_evaluations_cost_more_with_more_questions_and_when_asked_blind(
     def flops(**changes: object) -> float:
         evaluation = {**stage.evaluation.model_dump(), **changes}
         found = cost(Evaluate(of=stage.of, evaluation=evaluation)).flops
-        assert found is not None
         return found
 
     assert flops(limit=10) < flops(limit=20) < flops(limit=500) == flops(limit=None)
@@ -418,6 +397,5 @@ def test_preparing_and_training_an_encoder_have_a_cost(make_study: MakeStudy) ->
         assert (cost(stages[kind]).tokens, cost(stages[kind]).flops) == (0, 0.0)
     found = cost(stages["train_encoder"])
     assert found.tokens == 80 * (4 + 16)
-    assert found.flops is not None
     image = encoder_flops(stages["train_encoder"].encoder.model_copy(update={"feature_layer": -1}))
     assert found.flops > 2 * 80 * image

@@ -103,7 +103,6 @@ def test_pictures_views_and_flops_of_a_study_are_those_counted_by_hand(
     training = [stage for stage in stages if isinstance(stage, Continue | Finetune)]
     flops = [cost(stage, ledger).flops for stage in training]
     assert found.training_flops == pytest.approx(sum(one for one in flops if one is not None))
-    assert found.training_flops is not None
     assert found.saved_fraction == pytest.approx(390 * each / found.training_flops)
     assert found.choice.decision == "stored"
     assert "4.00 times" in found.choice.reason
@@ -268,7 +267,6 @@ def test_features_that_are_kept_already_are_used_for_a_single_view(
     assert only([stage], ledger).choice.decision == "live"
     finish(ledger, stage.encoder, {"weights_digest": "abc"})
     folder = feature_folder(ledger, stage.encoder)
-    assert folder is not None
     for name, pictures in (("part-a", 60), ("part-b", 20)):
         (folder / name).mkdir(parents=True)
         (folder / name / "features.bin").write_bytes(bytes(pictures * 4 * 24 * 2))
@@ -289,7 +287,6 @@ def test_the_folder_stands_for_weights_and_configuration_alone(
         finish(ledger, stage, {"weights_digest": weights})
         found = feature_folder(ledger, stage)
         folders.add(found)
-        assert found is not None
         return found.relative_to(ledger.store)
 
     def changed(**changes: Any) -> TrainEncoder:

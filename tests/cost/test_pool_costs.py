@@ -10,7 +10,6 @@ from midstream.config import Amount, Amounts, Mixture, Sampling, Share
 from midstream.cost.known import sources_of
 from midstream.cost.pictures import passes_seen, pictures_seen
 from midstream.cost.workload import taken, workload
-from midstream.study.stages import Continue
 
 
 def pooled(pool: int | None, tokens: int, **changes: Any) -> Mixture:
@@ -42,7 +41,6 @@ def test_a_text_that_comes_again_is_told(make_study: MakeStudy, tmp_path: Path) 
     first = first_continue(make_study())
     ledger = prepared(first.parents, tmp_path, SOURCES)
     stories = sources_of(first.data, {"stories": "original"}, ledger)
-    assert stories is not None
     held = stories["stories"].size(0)
     stages = [with_budget(first, pooled(20, round(2 * held * part))) for part in (0.5, 1)]
     assert len(passes_seen(stages, ledger)) == 1
@@ -76,12 +74,9 @@ def test_amounts_of_a_pool_and_their_work_are_those_of_so_many_pictures(
     def work(**given: Any) -> tuple[float, float, int]:
         budget = Amounts(amounts=(Amount(source="captions", **given),), max_epochs=99)
         stage = with_budget(first, budget)
-        assert isinstance(stage, Continue)
         sources = sources_of(stage.data, budget.captions, ledger)
-        assert sources is not None
         part = taken(stage.training, sources, stage.model)["captions"]
         found = workload(stage.model, stage.training, sources, "cpu")
-        assert found is not None
         return part.examples, found.images, found.tokens
 
     assert work(epochs=3, pool=20) == pytest.approx((60, 60, 600))

@@ -94,7 +94,6 @@ def test_memory_is_shared_by_ranks_and_falls_with_smaller_micro_batches(
 ) -> None:
     stage = large(make_study)
     work = work_of(stage, None)
-    assert work is not None
     one, eight = (memory(stage, work, Setting(ranks, 1)) for ranks in (1, 8))
     parameters = model_parameters(stage.model)
     assert one.weights + one.moments + one.gradients == 16 * parameters
@@ -124,7 +123,6 @@ def test_masks_are_blocks_on_a_gpu_and_dense_on_a_cpu_where_rows_are_not_cut_apa
         changed = {"data": data, "attention": attention, "training": training}
         stage = seen.model_copy(update=changed)
         work = work_of(stage, None, device)
-        assert work is not None
         found = memory(stage, work, Setting(1, 2, device=device))
         return found.masks, found.activations
 
@@ -147,11 +145,9 @@ def test_the_largest_micro_batch_that_fits_is_named(make_study: MakeStudy, tmp_p
     ledger = Ledger(tmp_path)
     found = price(plan(study, ledger), ledger, Fleet(A100, 8))
     fit = next(one.fit for one in found.stages if one.row.stage.kind == "pretrain")
-    assert fit is not None
     assert fit.fits
     assert fit.memory.total <= A100.room
     work = work_of(stage, None)
-    assert work is not None
     more = memory(stage, work, Setting(fit.gpus, fit.micro_rows + 1))
     assert more.total > A100.room
     # So many rows a run takes on such GPUs.
@@ -161,7 +157,6 @@ def test_the_largest_micro_batch_that_fits_is_named(make_study: MakeStudy, tmp_p
     small = find_gpu("100:24")
     several = price(plan(study, ledger), ledger, Fleet(small, 8))
     fit = next(one.fit for one in several.stages if one.row.stage.kind == "pretrain")
-    assert fit is not None
     assert fit.fits
     assert fit.gpus > 1
     none = price(plan(study, ledger), ledger, Fleet(find_gpu("100:4"), 2))
@@ -177,7 +172,6 @@ def test_rows_that_fit_are_fewer_in_less_memory_and_more_with_recomputed_blocks(
 
     def rows(gib: int, **machine: object) -> int:
         fit = rows_that_fit(stage, ledger, Machine.model_validate(machine), gib * 2**30)
-        assert fit is not None
         return fit.micro_rows
 
     assert 0 == rows(4) < rows(40) < rows(80)
@@ -195,7 +189,6 @@ def test_disk_holds_milestones_with_moments_and_weights_of_the_rest(
     found = price(plan(make_study(), ledger), ledger, Fleet(A100))
     kept = {one.row.stage.kind: one for one in found.stages}
     text = kept["pretrain"].row.stage
-    assert isinstance(text, Pretrain)
     # At 20 and 100 %: float32 weights and two moments each.
     assert kept["pretrain"].kept == 2 * 12 * model_parameters(text.model)
     seen = kept["continue"].row.stage

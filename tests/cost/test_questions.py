@@ -56,6 +56,4 @@ def test_shots_are_read_with_each_question_or_once_a_batch(shots: int, shown: in
 def test_model_flops_of_an_evaluation_count_a_causal_mask_once() -> None:
     stage = Evaluate(of=CHAT, evaluation=Evaluation(visual_tasks=("vqav2",)))
     found = cost(stage)
-    assert found.flops is not None
-    assert found.model_flops is not None
     assert 0.5 * found.flops < found.model_flops < found.flops

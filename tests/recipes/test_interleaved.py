@@ -2,24 +2,15 @@
 
 import pytest
 
-from midstream.config import FewShot, Mixture
+from midstream.config import FewShot
 from midstream.cost.cost import cost
 from midstream.recipes.interleaved import connectors, share
 from midstream.study.label import labels
-from midstream.study.stages import Continue, Finetune
 from midstream.study.studies import Line
 
 
-def seen(line: Line) -> Continue:
-    tuned = line.result.of
-    assert isinstance(tuned, Finetune)
-    assert isinstance(tuned.start, Continue)
-    return tuned.start
-
-
 def shares(line: Line) -> dict[str, float]:
-    budget = seen(line).training.budget
-    assert isinstance(budget, Mixture)
+    budget = line.result.of.start.training.budget
     return {one.source: one.share for one in budget.shares}
 
 
@@ -51,19 +42,21 @@ def test_shots_are_priced_and_told_apart() -> None:
 
 def test_connectors_see_equal_tokens_of_pictures() -> None:
     study = connectors(seeds=(7,), vision_tokens=(0.05,))
-    text = next(one for one in seen(study.lines[0]).data.expected if one.name == "pictures")
+    text = next(
+        one for one in study.lines[0].result.of.start.data.expected if one.name == "pictures"
+    )
     each = text.num_tokens / text.num_examples
     for line in study.lines:
-        positions = seen(line).model.image_tokens
+        positions = line.result.of.start.model.image_tokens
         found = shares(line)["pictures"] * positions / (positions + each)
         assert found == pytest.approx(0.05, rel=1e-4), line.name
     assert len({line.axes["connector"] for line in study.lines}) == 5
     before = connectors(seeds=(7,), vision_tokens=(0.05,), by="patches")
-    budgets = {seen(line).training.budget for line in before.lines}
+    budgets = {line.result.of.start.training.budget for line in before.lines}
     (budget,) = budgets
     assert budget.by == "patches"
     (mlp,) = (line for line in study.lines if line.axes["connector"] == "MLP")
-    assert budget == seen(mlp).training.budget.model_copy(update={"by": "patches"})
+    assert budget == mlp.result.of.start.training.budget.model_copy(update={"by": "patches"})
     with pytest.raises(ValueError, match="as pictures of 1 positions need captions of"):
         connectors(vision_tokens=(0.2,))
     with pytest.raises(ValueError, match="rows='paper' makes them of sequences"):

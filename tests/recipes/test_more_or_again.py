@@ -8,24 +8,14 @@ from typing import Any, Literal
 import pytest
 
 import tiny
-from midstream.config import Mixture
 from midstream.recipes.pools import MAX_PASSES, MULTIPLES, more_or_again
 from midstream.report.gather import gather
 from midstream.report.page import summary_text, write_facts
 from midstream.study.results import TrainingResult
-from midstream.study.stages import Continue, Finetune
 from midstream.study.store import Ledger
-from midstream.study.studies import Line
 from midstream.work.open_model import open_sources
 
 POOLS = (2_500, 5_000, 10_000)
-
-
-def seeing(line: Line) -> Continue:
-    finetuned = line.result.of
-    assert isinstance(finetuned, Finetune)
-    assert isinstance(finetuned.start, Continue)
-    return finetuned.start
 
 
 def test_lines_differ_in_pool_tokens_and_seed_alone() -> None:
@@ -34,9 +24,8 @@ def test_lines_differ_in_pool_tokens_and_seed_alone() -> None:
     assert places == [place for place in product(POOLS, MULTIPLES) for _ in range(2)]
     alike = set()
     for line in study.lines:
-        stage = seeing(line)
+        stage = line.result.of.start
         budget = stage.training.budget
-        assert isinstance(budget, Mixture)
         assert budget.pools == {"pictures": line.axes["pool"]}
         assert budget.total_tokens == 2_100_000 * float(line.axes["tokens"])
         whole = budget.model_copy(
@@ -63,10 +52,8 @@ def test_pools_of_other_scales_are_seen_whole_before_they_come_again(
 ) -> None:
     found: dict[int, list[float]] = {}
     for line in more_or_again(scale=scale, rows=rows, seeds=(7,)).lines:
-        stage = seeing(line)
+        stage = line.result.of.start
         budget, encoder = stage.training.budget, stage.model.encoder
-        assert isinstance(budget, Mixture)
-        assert encoder is not None
         assert budget.sampling == "permutation"
         (source, pool), *_ = budget.pools.items()
         (held,) = (one for one in stage.data.expected if one.name == source)
@@ -102,9 +89,8 @@ def test_a_small_run_sees_its_pools_as_often_as_its_ledger_says(tmp_path: Path) 
     tiny.run_missing(ledger, *study.results)
     found = {}
     for line in study.lines:
-        stage = seeing(line)
+        stage = line.result.of.start
         views = ledger.result(stage, TrainingResult).sources["pictures"].pictures
-        assert views is not None
         found[line.axes["pool"], line.axes["tokens"]] = views
         # A permutation: all pictures of a pool as often as each other, or once more.
         assert all(high - low == 1 for (low, _), (high, _) in pairwise(views.times))

@@ -7,18 +7,14 @@ import pytest
 from midstream.config import Mixture
 from midstream.config.training import rate_at
 from midstream.recipes.onset import KIMI, onset_by_share
-from midstream.study.stages import Continue, ContinueFrom, Finetune, Pretrain
+from midstream.study.stages import Continue, ContinueFrom, Pretrain
 from midstream.study.studies import Line
 
 
 def parts(line: Line) -> tuple[Continue, Mixture, float]:
     """The stage with pictures, its budget, and the share of all tokens before it."""
     finetuned = line.result.of
-    assert isinstance(finetuned, Finetune)
-    assert isinstance(finetuned.start, Continue)
     budget, onset = finetuned.start.training.budget, line.axes["onset"]
-    assert isinstance(budget, Mixture)
-    assert isinstance(onset, float)
     return finetuned.start, budget, onset / 100
 
 
@@ -27,8 +23,6 @@ def before(stage: Continue) -> tuple[Pretrain, int] | None:
     if not isinstance(stage.start, ContinueFrom):
         return None
     run = stage.start.stage
-    assert isinstance(run, Pretrain)
-    assert isinstance(run.training.budget, Mixture)
     return run, round(run.training.budget.total_tokens * stage.start.completion)
 
 
@@ -53,7 +47,6 @@ def test_the_rate_after_every_token_is_the_same_at_every_onset() -> None:
             schedule, at, total = stage.training.schedule, seen, budget.total_tokens
             if text is not None and seen < text[1]:
                 run = text[0].training
-                assert isinstance(run.budget, Mixture)
                 schedule, total = run.schedule, run.budget.total_tokens
             elif text is not None:
                 at = seen - text[1]
@@ -70,7 +63,6 @@ def test_adams_moments_and_the_rows_go_on_over_the_onset() -> None:
         if isinstance(stage.start, ContinueFrom):
             assert onset > 0
             assert stage.start.optimizer == "carry"
-            assert isinstance(stage.start.stage, Pretrain)
             assert stage.start.stage.training.rows == stage.training.rows
             assert stage.start.stage.training.optimizer == stage.training.optimizer
 

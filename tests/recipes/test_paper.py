@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from midstream.cli.catalogue import find_study
-from midstream.config import Mixture, WarmupCosine
+from midstream.config import WarmupCosine
 from midstream.config.training import rate_at
 from midstream.cost.graph import missing_inputs, order, plan
 from midstream.recipes import paper
 from midstream.recipes.paper.suites import AUTHORS_LATER_RUNS, AUTHORS_RUNS, STARTS, AuthorsRun
 from midstream.recipes.pocket import MILESTONES, when_images_arrive
 from midstream.recipes.scales import SIZES, find_scale
-from midstream.study.stages import Continue, Evaluate, Finetune, LoadDecoder, Pretrain
+from midstream.study.stages import Continue, LoadDecoder, Pretrain
 from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
 
@@ -85,7 +85,7 @@ def test_only_0_and_100_percent_warm_up_again() -> None:
     warmed = {
         line.axes["text_completion"]
         for line in study.lines
-        if isinstance(_image_text(line.result).training.schedule, WarmupCosine)
+        if isinstance(line.result.of.start.training.schedule, WarmupCosine)
     }
     assert warmed == {0.0, 100.0} == set(study.figure.hollow)
 
@@ -94,7 +94,6 @@ def test_only_0_and_100_percent_warm_up_again() -> None:
 def test_the_trained_text_run_at_1b_passes_near_the_recorded_rates(share: float) -> None:
     text = find_scale("1b", text="trained").text
     given = find_scale("1b").text
-    assert isinstance(text, Pretrain)
     assert not isinstance(given, Pretrain)
     total = text.training.budget.total_tokens  # type: ignore[union-attr]
     here = rate_at(text.training.schedule, round(share * total), total)
@@ -105,8 +104,7 @@ def test_the_trained_text_run_at_1b_passes_near_the_recorded_rates(share: float)
 @pytest.mark.parametrize("make", [paper.figure_5, paper.figure_6])
 def test_shares_of_captions_leave_the_rest_to_text(make: Callable[..., Study]) -> None:
     for line in make(scale="79m").lines:
-        budget = _image_text(line.result).training.budget
-        assert isinstance(budget, Mixture)
+        budget = line.result.of.start.training.budget
         shares = {share.source: share.share for share in budget.shares}
         assert shares.get("datacompdr", 0.0) == pytest.approx(line.axes["image_share"] / 100)  # type: ignore[operator]
         assert sum(shares.values()) == pytest.approx(1.0)
@@ -114,9 +112,7 @@ def test_shares_of_captions_leave_the_rest_to_text(make: Callable[..., Study]) -
 
 def test_figure_14_multiplies_tokens_and_keeps_the_warm_up() -> None:
     tokens = {
-        str(line.axes["curve"]).split(" x")[0]: _image_text(
-            line.result
-        ).training.budget.total_tokens  # type: ignore[union-attr]
+        str(line.axes["curve"]).split(" x")[0]: line.result.of.start.training.budget.total_tokens  # type: ignore[union-attr]
         for line in paper.figure_14(scale="79m").lines
     }
     assert {round(tokens[multiple] / tokens["1"]) for multiple in ("2", "4")} == {2, 4}
@@ -139,12 +135,6 @@ def test_a_suite_refuses_two_studies_of_one_name() -> None:
 def test_what_no_scale_has_is_refused(settings: list[str], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         find_study("paper.figure_4", settings)
-
-
-def _image_text(result: Evaluate) -> Continue:
-    assert isinstance(result.of, Finetune)
-    assert isinstance(result.of.start, Continue)
-    return result.of.start
 
 
 def mixture(run: AuthorsRun) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from midstream.cli.catalogue import find_study
-from midstream.config import Mixture, PublicFolder, TokenizerFile
+from midstream.config import PublicFolder, TokenizerFile
 from midstream.cost.cost import cost, images_seen
 from midstream.cost.graph import order
 from midstream.cost.questions import TEXT_SIZES, VISUAL_SIZES
@@ -18,7 +18,7 @@ from midstream.recipes.paper.table_studies import TABLE_7, TABLE_8
 from midstream.recipes.paper_scale import DINOV2, SIGLIP
 from midstream.recipes.published_recipes import RECIPES
 from midstream.recipes.scales import find_scale
-from midstream.study.stages import Continue, Evaluate, Finetune, LoadEncoder, Pretrain
+from midstream.study.stages import Continue, Finetune, LoadEncoder, Pretrain
 from midstream.study.studies import Study
 
 
@@ -28,14 +28,12 @@ def continued(study: Study) -> list[Continue]:
 
 def shares(stage: Continue | Pretrain) -> dict[str, tuple[float, str]]:
     budget = stage.training.budget
-    assert isinstance(budget, Mixture)
     return {share.source: (share.share, share.caption) for share in budget.shares}
 
 
 @pytest.mark.parametrize("caption", ["original", "synthetic", "random"])
 def test_one_argument_chooses_the_caption_of_datacomp_dr_alone(caption: Any) -> None:
     study = find_study("paper.table_4", ["scale=79m", f"caption={caption}"])
-    assert isinstance(study, Study)
     found = [shares(stage) for stage in continued(study)]
     assert {one["datacompdr"][1] for one in found if "datacompdr" in one} == {caption}
     assert {one["cc12m"][1] for one in found if "cc12m" in one} == {"original"}
@@ -43,7 +41,6 @@ def test_one_argument_chooses_the_caption_of_datacomp_dr_alone(caption: Any) -> 
 
 def test_text_is_three_sources_in_the_text_run_and_others_in_image_text_training() -> None:
     at = find_scale("1b", text="trained")
-    assert isinstance(at.text, Pretrain)
     run, seen = shares(at.text), shares(continued(paper.figure_8(scale="1b"))[0])
     assert set(run) == {"dclm", "starcoder", "proofpile"}
     assert set(seen) == {"datacompdr", "dclm", "starcoder", "mathpile"}
@@ -60,7 +57,6 @@ def test_text_is_three_sources_in_the_text_run_and_others_in_image_text_training
 @pytest.mark.parametrize("given", ["dclm", {"dclm": 0.5, "mine": 0.5}, {"dclm": 1}])
 def test_one_argument_changes_the_text_of_both_stages(given: Any) -> None:
     at = find_scale("79m", text_mixture=given)
-    assert isinstance(at.text, Pretrain)
     seen = shares(continued(paper.figure_8(scale="79m", text_mixture=given))[0])
     wanted = {given} if isinstance(given, str) else set(given)
     assert set(shares(at.text)) == wanted == set(seen) - {"datacompdr"}
@@ -114,7 +110,10 @@ def test_padded_rows_of_fine_tuning_hold_the_256_conversations_of_a_step() -> No
 
 
 def test_z_loss_of_the_text_run_is_that_of_its_records() -> None:
-    losses = {size: _run(size).training.optimizer.z_loss for size in ("79m", "411m", "1b")}
+    losses = {
+        size: find_scale(size, text="trained").text.training.optimizer.z_loss
+        for size in ("79m", "411m", "1b")
+    }
     assert losses == {"79m": 1e-4, "411m": 1e-4, "1b": 1e-6}
 
 
@@ -159,9 +158,9 @@ def test_the_suite_asks_every_run_of_both_of_the_authors_lists() -> None:
     study = paper.authors_runs(scale="1b")
     asked = {
         (
-            shares(_image_text(line.result)).get("datacompdr", (0.0,))[0]
-            + shares(_image_text(line.result)).get("datacomp", (0.0,))[0],
-            shares(_image_text(line.result)).get("llava", (0.0,))[0],
+            shares(line.result.of.start).get("datacompdr", (0.0,))[0]
+            + shares(line.result.of.start).get("datacomp", (0.0,))[0],
+            shares(line.result.of.start).get("llava", (0.0,))[0],
             float(line.axes["text_completion"]) / 100,
             line.axes["epochs"],
             line.axes["captions"],
@@ -205,7 +204,6 @@ def test_the_private_caption_set_is_a_row_where_it_is_at_hand(tmp_path: Path) ->
 
 def test_table_7_shows_the_metric_and_the_set_that_the_paper_prints() -> None:
     table = paper.table_7(scale="1b").table
-    assert table is not None
     assert "hellaswag:acc_norm" in table.scores
     assert "hellaswag" not in table.scores
     assert "suite:text, Table 7" in table.scores
@@ -216,7 +214,6 @@ def test_table_7_shows_the_metric_and_the_set_that_the_paper_prints() -> None:
 
 def test_table_8_has_both_aggregates_and_the_errors_that_are_printed() -> None:
     table = paper.table_8(scale="1b").table
-    assert table is not None
     five, six = "suite:vision, Table 8", "suite:vision with OCID-Ref, Table 8"
     printed = [(model.scores[five], model.scores.get(six)) for model in TABLE_8]
     assert printed == [(0.4713, 0.4608), (0.5138, 0.5125), (0.5814, None)]
@@ -238,15 +235,3 @@ def test_an_evaluation_is_priced_at_the_size_of_the_published_benchmarks() -> No
     assert cost(result).tokens == tokens
     slim = result.model_copy(update={"evaluation": asked.model_copy(update={"slim": True})})
     assert (cost(slim).tokens or 0) < 0.1 * tokens
-
-
-def _image_text(result: Evaluate) -> Continue:
-    assert isinstance(result.of, Finetune)
-    assert isinstance(result.of.start, Continue)
-    return result.of.start
-
-
-def _run(size: str) -> Pretrain:
-    text = find_scale(size, text="trained").text
-    assert isinstance(text, Pretrain)
-    return text

@@ -7,7 +7,6 @@ import pytest
 from midstream.config import (
     Constant,
     ContinuedCosine,
-    EncoderConfig,
     Mixture,
     Resampler,
     WarmupCosine,
@@ -41,7 +40,6 @@ def chain(scale: Scale, recipe: Recipe) -> list[Continue | Finetune]:
 
 def shares(stage: Continue | Finetune) -> dict[str, float]:
     budget = stage.training.budget
-    assert isinstance(budget, Mixture)
     return {share.source: share.share for share in budget.shares}
 
 
@@ -123,10 +121,8 @@ def test_a_second_stage_and_all_behind_it_see_pictures_of_twice_the_side(
 ) -> None:
     first, second, *_, chat = chain(pocket, BY_NAME[name])
     small, *large = (stage.model.encoder for stage in (first, second))
-    assert isinstance(small, EncoderConfig)
     assert small.position_size is None
     for encoder in large:
-        assert isinstance(encoder, EncoderConfig)
         assert encoder.image_size == encoder.position_size == 2 * small.image_size
         assert encoder.num_patches == 4 * small.num_patches
     # As much text has room beside a conversation's pictures, in rows of a multiple of 64 positions;
@@ -215,7 +211,6 @@ def test_table_1_can_be_planned_and_its_rates_drawn_at_every_scale(
     work = plan(study, Ledger(tmp_path))
     assert work.naive_flops >= work.shared_flops > 0
     curves(study)
-    assert study.table is not None
     rows = {line.axes["recipe"] for line in study.lines}
     assert study.table.labels.keys() == rows
     assert all(len(text) == 5 for text in study.table.labels.values())
@@ -237,7 +232,6 @@ def test_a_recipe_that_is_not_fine_tuned_is_asked_behind_shots_and_no_other_is()
     alike = {"few_shot": None, "fixed_answers": "both"}
     assert len({one.model_copy(update=alike).model_dump_json() for one in asked.values()}) == 1
     study = table1(recipes=("Flamingo", "Ours"), seeds=(7,))
-    assert study.table is not None
     columns = {name: text["asked"] for name, text in study.table.labels.items()}
     assert columns == {"Flamingo": "behind 4 shots", "Ours": "as it is"}
     assert any(note.startswith("Flamingo: not fine-tuned, asked behind 4") for note in study.notes)

@@ -24,7 +24,6 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 def example(name: str, **settings: Any) -> Study:
     given = [f"{key}={value}" for key, value in settings.items()]
     study = find_study(f"{EXAMPLES / name}.py:study", given)
-    assert isinstance(study, Study)
     return study
 
 

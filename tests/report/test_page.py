@@ -1,5 +1,7 @@
 """What a study's page says, and that it says it safely."""
 
+import base64
+import hashlib
 import os
 import re
 import shutil
@@ -17,7 +19,7 @@ from midstream.cli.app import app
 from midstream.cost.graph import order
 from midstream.report.gather import answer, gather
 from midstream.report.page import MAX_CURVES
-from midstream.study.stages import DataStage, Finetune
+from midstream.study.stages import DataStage
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
 from read_only import only_read
@@ -40,7 +42,6 @@ def test_page_names_the_best_x_and_its_interval(study: Study, finished: Path) ->
     best = answer(study, facts.rows, facts.groups, "vision")["curves"][0]
     against = {other["x"]: other["gap"] for other in best["against"]}
     gap = against[100.0]
-    assert gap.low is not None
     text = " ".join(page_of(finished).split())
     assert "is at <strong>Text pre-training done (%) = 80</strong>" in text
     assert f"<strong>not decided</strong>, {100 * gap.mean:+.1f} points (95 % interval" in text
@@ -97,7 +98,6 @@ def test_page_shows_realised_tokens_padding_and_memory_of_the_store(
     study: Study, store: Ledger
 ) -> None:
     stage = study.lines[0].result.of
-    assert isinstance(stage, Finetune)
     sources = store.results(stage)["sources"]
     sources["dialogues"]["realised_tokens"] = 123_456
     change(store, stage, sources=sources, pad_fraction=0.4321, peak_memory_bytes=7 * 2**30)
@@ -147,20 +147,10 @@ def test_page_needs_no_network_and_no_scripts(finished: Path) -> None:
     assert "<link" not in text
     assert not re.search(r"\son\w+=|\bstyle=|@import|url\(", text.split("</style>")[0])
     assert not re.search(r"<[^>]*\s(?:on\w+|style)=", text)
-
-
-def test_style_sheet_is_the_one_that_the_policy_names(finished: Path) -> None:
-    import base64
-    import hashlib
-
-    text = page_of(finished)
     sheet = text.split("<style>")[1].split("</style>")[0]
     named = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
     assert f"style-src 'sha256-{named}'" in text
-
-
-def test_page_of_twelve_lines_stays_small(finished: Path) -> None:
-    assert len(page_of(finished)) < 3_000_000
+    assert len(text) < 3_000_000
 
 
 def test_figures_lie_beside_the_page_as_svg_png_and_pdf(study: Study, finished: Path) -> None:

@@ -41,10 +41,8 @@ def test_by_a_given_spread_each_claim_has_a_detectable_difference(ledger: Ledger
     study = made.study(scores(3), claims=(BETTER,))
     (found,) = powers(study, ledger, 0.02)
     assert (found.basis, found.repetitions) == ("given", 3)
-    assert found.detectable is not None
     # sd of a difference 2.8 points, three seeds, pooled over five places: t of 8 and 80 % power.
     assert found.detectable == pytest.approx(0.02 * 2**0.5 / 3**0.5 * (2.306 + 0.889), rel=0.03)
-    assert found.needed is not None
     assert 8 <= found.needed <= 10
 
 
@@ -55,11 +53,6 @@ def test_the_stores_own_spread_counts_where_seeds_have_run(ledger: Ledger) -> No
     (found,) = powers(study, ledger)
     assert found.basis == "measured"
     assert 0.01 < found.spread < 0.06
-
-
-def test_one_seed_finds_nothing(ledger: Ledger) -> None:
-    (found,) = powers(made.study(scores(1), claims=(BETTER,)), ledger, 0.02)
-    assert found.detectable is None
 
 
 def test_a_further_seed_costs_what_its_own_stages_cost() -> None:
@@ -85,9 +78,7 @@ def test_more_seeds_are_added_until_every_interval_is_as_narrow_as_asked(ledger:
     made.fill(ledger, study, scores(number))
     for finding in gather(study, ledger).findings:
         if finding.claim or "highest" in finding.sentence:
-            assert finding.comparison is not None
             contrast = finding.comparison.contrast
-            assert contrast.high is not None
             assert contrast.high - contrast.mean <= 0.02 + 1e-9
 
 
@@ -192,8 +183,13 @@ def test_what_cannot_be_decided_is_refused_before_anything_runs(
         assert what in " ".join(result.output.split())
 
 
-def test_two_seeds_of_two_places_are_told_to_find_nothing(ledger: Ledger) -> None:
-    study = made.study({(20,): (0.2, 0.3), (80,): (0.4, 0.5)}, claims=(BETTER,))
-    (found,) = powers(study, ledger, 0.0005)
+@pytest.mark.parametrize(
+    ("given", "spread", "needed"),
+    [(scores(1), 0.02, None), ({(20,): (0.2, 0.3), (80,): (0.4, 0.5)}, 0.0005, 3)],
+)
+def test_one_seed_or_two_of_two_places_find_nothing(
+    ledger: Ledger, given: Mapping[Any, Any], spread: float, needed: int | None
+) -> None:
+    (found,) = powers(made.study(given, claims=(BETTER,)), ledger, spread)
     assert found.detectable is None
-    assert found.needed == 3
+    assert needed in (None, found.needed)

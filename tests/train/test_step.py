@@ -147,9 +147,7 @@ def test_the_loss_is_the_mean_over_all_targets_of_the_step(vlm: VLM) -> None:
 
 def test_a_micro_batch_without_image_still_gives_the_projector_a_gradient(vlm: VLM) -> None:
     step(vlm, [batch_of([1, 3])], rate=0.0)
-    assert vlm.projector is not None
     for name, parameter in vlm.projector.named_parameters():
-        assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
 
 

@@ -6,15 +6,13 @@ from typing import Unpack
 
 from midstream.recipes.scales import (
     Model,
-    Scale,
     Settings,
     claims_of,
     find_scale,
     finetune_stage,
-    line,
+    line_of,
 )
-from midstream.study.stages import Evaluate
-from midstream.study.studies import Axis, Figure, Line, Study, line_name
+from midstream.study.studies import Axis, Figure, Study
 
 
 def levels(
@@ -37,10 +35,11 @@ def levels(
         )
     lines = []
     for text, seen, tuned in product(*(range(1, number + 1) for number in repeats)):
-        axes = {"text_run": text, "image_text_run": seen, "seed": tuned}
         # Every draw has a seed of its own: a second text run is no repetition of the first.
-        numbers = (text, 100 * text + seen, 10_000 * text + 100 * seen + tuned)
-        lines.append(Line(name=line_name(axes), axes=axes, result=_evaluated(at, numbers, epochs)))
+        drawn = at.drawn(text, ("text",)).drawn(100 * text + seen, ("image-text",))
+        model = Model(seed=10_000 * text + 100 * seen + tuned, epochs=epochs)
+        axes: dict[str, Axis] = {"text_run": text, "image_text_run": seen, "seed": tuned}
+        lines.append(line_of(at, finetune_stage(drawn, model), **axes))
     return Study(
         name=f"noise.levels.{at.name}",
         question="How much does each level of the chain add to the spread of a score?",
@@ -59,15 +58,18 @@ def arms(
     Each difference is called higher or lower in one study of twenty, as its interval says.
     """
     at = find_scale(scale, **given)
-    lines = []
-    for seed, (number, arm) in product(seeds or at.seeds, enumerate("AB")):
-        made = line(at, Model(epochs=epochs, seed=2 * seed + number), arm=arm)
-        axes: dict[str, Axis] = {"arm": arm, "seed": seed}
-        lines.append(Line(name=line_name(axes), axes=axes, result=made.result))
     return Study(
         name=f"noise.arms.{at.name}",
         question="Are two arms that differ by their names only told apart?",
-        lines=tuple(lines),
+        lines=tuple(
+            line_of(
+                at,
+                finetune_stage(at, Model(epochs=epochs, seed=2 * seed + number)),
+                arm=arm,
+                seed=seed,
+            )
+            for seed, (number, arm) in product(seeds or at.seeds, enumerate("AB"))
+        ),
         figure=Figure(x="arm", x_label="arm"),
         claims=claims_of(
             "arm",
@@ -76,12 +78,4 @@ def arms(
             ("stable.text", "A is better than B at text", "A", "B"),
         ),
         notes=at.notes,
-    )
-
-
-def _evaluated(scale: Scale, numbers: tuple[int, int, int], epochs: int) -> Evaluate:
-    text, seen, tuned = numbers
-    drawn = scale.drawn(text, ("text",)).drawn(seen, ("image-text",))
-    return Evaluate(
-        of=finetune_stage(drawn, Model(seed=tuned, epochs=epochs)), evaluation=scale.asked
     )

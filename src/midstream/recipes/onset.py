@@ -19,10 +19,11 @@ from midstream.recipes.scales import (
     claims_of,
     find_scale,
     finetune_stage,
+    line_of,
     mixture,
 )
 from midstream.study.stages import Continue, ContinueFrom, Evaluate, Finetune, FromScratch, Pretrain
-from midstream.study.studies import Figure, Line, Study, line_name
+from midstream.study.studies import Figure, Study
 
 # Onset (share of all tokens) and share of pictures' tokens behind it, as printed; .1 of all each.
 KIMI = ((0.0, 0.1), (0.5, 0.2), (0.8, 0.5))
@@ -75,20 +76,19 @@ def onset_by_share(
         raise ValueError("one onset compares with nothing; give two or more")
     text = _text_run(at, at.text, onsets)
     lines = [
-        Line(
-            name=line_name(axes := {"onset": 100 * onset, "share": 100 * share, "seed": seed}),
-            axes=axes,
-            result=Evaluate(
-                of=_model(
-                    at,
-                    _start(reseeded(text, seed) if "text" in at.draws else text, onset, latest),
-                    onset,
-                    share,
-                    seed,
-                    epochs,
-                ),
-                evaluation=at.asked,
+        line_of(
+            at,
+            _model(
+                at,
+                _start(reseeded(text, seed) if "text" in at.draws else text, onset, latest),
+                onset,
+                share,
+                seed,
+                epochs,
             ),
+            onset=100 * onset,
+            share=100 * share,
+            seed=seed,
         )
         for (onset, share), seed in product(points, seeds or at.seeds)
     ]

@@ -17,9 +17,10 @@ from midstream.recipes.scales import (
     find_scale,
     finetune_stage,
     image_text_stage,
+    line_of,
 )
-from midstream.study.stages import Continue, Evaluate, Finetune
-from midstream.study.studies import Axis, Claim, Figure, Line, Study, line_name
+from midstream.study.stages import Continue, Finetune
+from midstream.study.studies import Axis, Claim, Figure, Study
 
 # Ours (U), of the views of pictures in the longest image-text stage: one to four passes over the
 # smallest pool, up to one over the largest.
@@ -57,13 +58,12 @@ def more_or_again(
         views = _views(at, Model(captions=share, multiple=max(multiples)))
         pools = tuple(round(part * views) for part in PARTS)
     lines = [
-        Line(
-            name=line_name(axes := {"pool": pool, "tokens": multiple, "seed": seed}),
-            axes=axes,
-            result=Evaluate(
-                of=_model(at, pool, Model(0.8, share, 0.0, epochs, seed, multiple=multiple)),
-                evaluation=at.asked,
-            ),
+        line_of(
+            at,
+            _model(at, pool, Model(0.8, share, 0.0, epochs, seed, multiple=multiple)),
+            pool=pool,
+            tokens=multiple,
+            seed=seed,
         )
         for pool, multiple, seed in product(pools, multiples, seeds or at.seeds)
     ]

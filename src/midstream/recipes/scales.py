@@ -3,7 +3,7 @@
 `inputs` is the folder of docs/studies.md; without it a study can be planned and priced.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -341,11 +341,13 @@ def finetune_stage(scale: Scale, model: Model) -> Finetune:
 
 def line(scale: Scale, model: Model, /, **axes: Axis) -> Line:
     """A model as a line that lies at these axes and its seed; its name is made of them."""
-    return Line(
-        name=line_name({**axes, "seed": model.seed}),
-        axes={**axes, "seed": model.seed},
-        result=Evaluate(of=finetune_stage(scale, model), evaluation=scale.asked),
-    )
+    return line_of(scale, finetune_stage(scale, model), **axes, seed=model.seed)
+
+
+def line_of(scale: Scale, trained: Continue | Finetune, /, **axes: Axis) -> Line:
+    """What a scale asks a trained model, as a line whose name is made of its axes."""
+    result = Evaluate(of=trained, evaluation=scale.asked)
+    return Line(name=line_name(axes), axes=axes, result=result)
 
 
 def models(scale: Scale, seeds: Sequence[int], /, **varied: Sequence[Any]) -> Iterator[Model]:
@@ -387,14 +389,12 @@ def curve_of(epochs: Sequence[int]) -> str | None:
 
 def decidable(claims: Sequence[Claim], lines: Sequence[Line]) -> tuple[Claim, ...]:
     """The claims that have lines on both sides."""
-    return tuple(
-        claim
-        for claim in claims
-        if all(
-            any(place.items() <= line.axes.items() for line in lines)
-            for place in (claim.higher, claim.lower)
-        )
-    )
+    there = [line.axes.items() for line in lines]
+
+    def is_there(place: Mapping[str, Axis]) -> bool:
+        return any(place.items() <= axes for axes in there)
+
+    return tuple(one for one in claims if is_there(one.higher) and is_there(one.lower))
 
 
 def claims_of(axis: str, source: str, *found: tuple[str, str, Axis, Axis]) -> tuple[Claim, ...]:

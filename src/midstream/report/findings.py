@@ -14,6 +14,7 @@ from midstream.report.line_rows import (
     STABLE,
     Group,
     LineRow,
+    curves_of,
     kinds_of,
     ranked,
     tasks_of,
@@ -134,8 +135,7 @@ def findings(
     if study.levels:  # draws within one another are no places to choose from
         return found + [_levels(study, rows, f"stable.{kind}") for kind in kinds_of(study)]
     for column in (f"stable.{kind}" for kind in kinds_of(study)):
-        for by in dict.fromkeys(group.by for group in groups):
-            own = [group for group in groups if group.by == by]
+        for own in curves_of(groups).values():
             if len(own) > 1:
                 rise = trend_finding(study, rows, own, column)
                 found += [best_finding(study, rows, own, column), *([] if rise is None else [rise])]

@@ -1,7 +1,7 @@
 """All that a report of one study says: as values before anything is drawn, as CSV and LaTeX."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from midstream.report.line_rows import (
     Snapshot,
     Spread,
     best_group,
+    curves_of,
     group_rows,
     line_rows,
     parts_of,
@@ -57,9 +58,8 @@ from midstream.study.studies import Line, Study
 TOKENS = {"pretrain": "text", "continue": "image-text", "finetune": "fine-tuning"}
 
 
-def settings_line(study: Study, ledger: Ledger) -> str:
+def settings_line(study: Study) -> str:
     """Data, parameters, tokens of each kind of stage (as planned), seeds and what is asked."""
-    ledger = Snapshot.of(ledger)
     stages: dict[str, dict[str, Stage]] = {}
     for line in study.lines:
         for kind, part in parts_of(line.result).items():
@@ -67,10 +67,10 @@ def settings_line(study: Study, ledger: Ledger) -> str:
                 stages.setdefault(kind, {})[stage.identity] = stage
     lines = [line.result.of for line in study.lines]
     said = [" and ".join(dict.fromkeys(_world(model.data.world) for model in lines)) or "no data"]
-    said.append(f"decoder of {_range(m.model.decoder.num_parameters for m in lines)} parameters")
+    said.append(f"decoder of {_range([m.model.decoder.num_parameters for m in lines])} parameters")
     towers = [m.model.encoder for m in lines if m.model.encoder is not None]
     if towers:
-        said.append(f"encoder of {_range(encoder_parameters(tower) for tower in towers)}")
+        said.append(f"encoder of {_range([encoder_parameters(tower) for tower in towers])}")
     for kind, name in TOKENS.items():
         words = _budgets(name, list(stages.get(kind, {}).values()))
         said += [words] if words else []
@@ -105,20 +105,16 @@ def _budgets(name: str, stages: list[Stage]) -> str:
             unknown = True
     words = [f"{_range(tokens)} {name} tokens"] if tokens else []
     if epochs:
-        low, high = min(epochs), max(epochs)
-        span = place(low) if low == high else f"{place(low)} to {place(high)}"
-        words.append(f"{span} {name} {'epoch' if high == 1 else 'epochs'}")
+        span = " to ".join(dict.fromkeys(place(end) for end in (min(epochs), max(epochs))))
+        words.append(f"{span} {name} {'epoch' if max(epochs) == 1 else 'epochs'}")
     if unknown:
         words.append(f"{name} by amounts")
     return ", ".join(words)
 
 
-def _range(values: Iterable[float | int]) -> str:
-    found = sorted(set(values))
-    if not found:
-        return "none"
-    ends = [quantity(found[0]), quantity(found[-1])]
-    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+def _range(values: Sequence[float | int]) -> str:
+    ends = [quantity(end) for end in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(ends))
 
 
 _SEEING = ("continue", "finetune")
@@ -143,9 +139,7 @@ def seen_records(study: Study, ledger: Ledger) -> list[Seen]:
     for line in study.lines:
         parts = parts_of(line.result)
         for part in (parts[kind] for kind in _SEEING if kind in parts):
-            for stage in (*part.before, part.stage):
-                if not ledger.is_done(stage):
-                    continue
+            for stage in filter(ledger.is_done, (part.stage, *part.before)[::-1]):
                 for name, share in ledger.result(stage, TrainingResult).sources.items():
                     if (views := share.pictures) is not None:
                         records.append(Seen(line, stage.kind, name, views))
@@ -155,8 +149,7 @@ def seen_records(study: Study, ledger: Ledger) -> list[Seen]:
 def seen_grid(study: Study, records: list[Seen]) -> Grid:
     """The records as words: what all repetitions at a place saw alike stands once, else as means
     and the span of views."""
-    figure = study.figure
-    axes = [axis for axis in (figure.x, figure.by) if axis is not None]
+    axes = [axis for axis in (study.figure.x, study.figure.by) if axis is not None]
     alike: dict[tuple[Any, ...], list[PictureViews]] = {}
     for one in records:
         key = (*(one.line.axes[axis] for axis in axes), one.kind, one.source)
@@ -165,18 +158,21 @@ def seen_grid(study: Study, records: list[Seen]) -> Grid:
     for (*at, kind, source), views in alike.items():
         distinct, number = sum(one.distinct for one in views), sum(one.views for one in views)
         times = sorted({pair[0] for one in views for pair in one.times})
-        span = f"{times[0]:,} to {counted(times[-1], 'time')}" if times else "never"
-        if len(times) == 1:
-            span = counted(times[0], "time")
-        where = ", ".join(map(place, at))
+        first = f"{times[0]:,} to " if len(times) > 1 else ""
+        span = f"{first}{counted(times[-1], 'time')}" if times else "never"
         told = (KIND_NAMES[kind], source, str(len(views)), f"{distinct / len(views):,.0f}")
-        rows.append((where, *told, f"{number / max(distinct, 1):,.2f}", span))
+        often = f"{number / max(distinct, 1):,.2f}"
+        rows.append((", ".join(map(place, at)), *told, often, span))
     left = len(rows) - MOST_ROWS
     notes = ["pictures are told apart by their bytes; means over lines"]
     notes += [f"{left:,} more rows: seen.csv has all of them"] if left > 0 else []
-    label = figure.x_label + (f", {figure.by}" if figure.by else "")
     title = f"{study.name}: how often pictures were seen"
-    return Grid(title, (label, *_HEADS), tuple(rows[:MOST_ROWS]), tuple(notes))
+    return Grid(title, (_axis(study), *_HEADS), tuple(rows[:MOST_ROWS]), tuple(notes))
+
+
+def _axis(study: Study) -> str:
+    """The head of a column of places."""
+    return ", ".join(filter(None, (study.figure.x_label, study.figure.by)))
 
 
 def flat_records(records: list[Seen]) -> list[dict[str, Any]]:
@@ -218,11 +214,6 @@ class Facts:
         """The baselines' values of a column, by name."""
         return {row.name: row.values[column] for row in self.rows if row.role == "baseline"}
 
-    @property
-    def complete(self) -> bool:
-        """Whether every stage is done."""
-        return not self.plan.to_run
-
 
 def gather(study: Study, ledger: Ledger) -> Facts:
     """Read the store once; what is not there yet is missing, at any moment of a study.
@@ -245,7 +236,7 @@ def gather(study: Study, ledger: Ledger) -> Facts:
         findings=findings(study, rows, groups, examples),
         view=table_view(study, rows),
         costs=cost_rows(planned, snapshot),
-        settings=settings_line(study, snapshot),
+        settings=settings_line(study),
         laws=laws_of(study, rows, snapshot),
         seen=seen_records(study, snapshot),
     )
@@ -274,8 +265,7 @@ def answer(
     """Which x is best in one panel, and how far it lies from the last, the first and blind."""
     column = f"stable.{panel}"
     found: list[dict[str, Any]] = []
-    for by in dict.fromkeys(group.by for group in groups):
-        own = [group for group in groups if group.by == by]
+    for by, own in curves_of(groups).items():
         best = best_group(own, column)
         if best is None:
             found.append({"by": by, "best": None})
@@ -289,9 +279,9 @@ def answer(
                 against.append({"x": other.x, "gap": gap})
         spread, blind = best.spreads[column], None
         if panel == "vision" and best.spreads["stable.vision_blind"].n:
-            asked = {"seeing": spread, "blind": best.spreads["stable.vision_blind"]}
-            cells = fit({name: dict(one.values) for name, one in asked.items()})
-            blind = cells.contrast({"seeing": 1.0, "blind": -1.0})
+            asked = {1.0: spread, -1.0: best.spreads["stable.vision_blind"]}
+            cells = fit({sign: dict(one.values) for sign, one in asked.items()})
+            blind = cells.contrast({sign: sign for sign in asked})
         one = {"by": by, "best": best, "spread": spread, "against": against, "blind": blind}
         found.append(one)
     return {"panel": panel, "curves": found}
@@ -372,11 +362,9 @@ def scores_export(study: Study, groups: Sequence[Group]) -> Export:
     tasks = [f"{task}.score" for task, _ in tasks_of(study)]
     columns = [*stable_of(study), *tasks]
     columns = [c for c in columns if any(group.spreads[c].n for group in groups)]
-    about = study.figure
-    heads = [about.x_label + (f", {about.by}" if about.by else ""), "n"]
-    rows, records = [], []
+    about, rows, records = study.figure, [], []
     for group in groups:
-        name = f"{place(group.x)}" + ("" if group.by is None else f", {place(group.by)}")
+        name = ", ".join(str(place(at)) for at in (group.x, group.by) if at is not None)
         n = str(group.n) if group.n == group.planned else f"{group.n} of {group.planned}"
         rows.append((name, n, *(spread_words(group.spreads[c]) for c in columns)))
         record: Record = {about.x: group.x} | ({about.by: group.by} if about.by else {})
@@ -387,7 +375,8 @@ def scores_export(study: Study, groups: Sequence[Group]) -> Export:
             record |= {f"{column}.n": spread.n}
         records.append(record)
     note = "mean ± standard deviation over repetitions, in points of 100"
-    grid = Grid(f"{study.name}: scores", (*heads, *map(score_name, columns)), tuple(rows), (note,))
+    heads = (_axis(study), "n", *map(score_name, columns))
+    grid = Grid(f"{study.name}: scores", heads, tuple(rows), (note,))
     return Export("scores", grid, tuple(records))
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,13 +14,10 @@ from midstream.study.results import EvaluationResult, StableScores, StageResult,
 from midstream.study.stages import (
     Continue,
     DataStage,
-    EncoderStage,
     Evaluate,
     Finetune,
     FuseEncoders,
-    LoadDecoder,
     LoadModel,
-    Pretrain,
     Stage,
     Trained,
     came_from,
@@ -29,13 +26,15 @@ from midstream.study.store import Ledger, State
 from midstream.study.studies import Study
 
 KINDS: tuple[StageKind, ...] = get_args(StageKind)
+Role = Literal["line", "baseline"]
 
 
 @dataclass(frozen=True)
 class Part:
     """A stage that a result rests on, and the share of its tokens that the result uses.
 
-    `before` are others of its kind: image-text stages that it starts from, towers beside it.
+    `before` are others of its kind, the nearest first: image-text stages that it starts from,
+    towers beside it.
     """
 
     stage: Stage
@@ -45,44 +44,26 @@ class Part:
 
 def parts_of(result: Evaluate) -> dict[str, Part]:
     """The stages that one result rests on, by kind, in the order in which they run."""
-    parts = {"evaluate": Part(result), **_prepared(result, {})}
-    found: tuple[LoadDecoder | LoadModel | Pretrain | Continue | Finetune, float] | None
-    found = result.of, result.completion
+    parts: dict[str, Part] = {}
+
+    def add(stage: Stage, share: float = 1.0) -> None:
+        last = parts.setdefault(stage.kind, Part(stage, share))
+        if stage.identity not in {one.identity for one in (last.stage, *last.before)}:
+            parts[stage.kind] = replace(last, before=(*last.before, stage))
+
+    found: tuple[Stage, float] | None = result, 1.0
     while found is not None:
         stage, share = found
-        last = parts.get(stage.kind)
-        parts[stage.kind] = (
-            replace(last, before=(stage, *last.before)) if last else Part(stage, share)
-        )
-        parts |= _prepared(stage, parts)
+        add(stage, share)
+        for parent in stage.parents:
+            if isinstance(parent, DataStage):
+                add(parent)
         if isinstance(stage, LoadModel | Continue | Finetune) and stage.encoder_stage is not None:
-            parts |= _seeing(stage.encoder_stage)
-        found = came_from(stage)
+            encoder = stage.encoder_stage
+            for one in (encoder, *(encoder.towers if isinstance(encoder, FuseEncoders) else ())):
+                add(one)
+        found = (stage.of, stage.completion) if isinstance(stage, Evaluate) else came_from(stage)
     return {kind: parts[kind] for kind in KINDS if kind in parts}
-
-
-def _prepared(stage: Stage, parts: Mapping[str, Part]) -> dict[str, Part]:
-    """The data stages that a stage reads, beside those of `parts`, by kind."""
-    added: dict[str, Part] = {}
-    for parent in stage.parents:
-        if not isinstance(parent, DataStage):
-            continue
-        last = added.get(parent.kind) or parts.get(parent.kind)
-        if last is None:
-            added[parent.kind] = Part(parent)
-        elif parent.identity not in {one.identity for one in (last.stage, *last.before)}:
-            added[parent.kind] = Part(last.stage, before=(*last.before, parent))
-    return added
-
-
-def _seeing(encoder: EncoderStage) -> dict[str, Part]:
-    """An encoder's stage and, where it fuses them, its towers', by kind."""
-    parts: dict[str, Part] = {encoder.kind: Part(encoder)}
-    for tower in encoder.towers if isinstance(encoder, FuseEncoders) else ():
-        last = parts.get(tower.kind)
-        before = () if last is None else (*last.before, last.stage)
-        parts[tower.kind] = Part(tower, before=before)
-    return parts
 
 
 def spent(part: Part, ledger: Ledger) -> tuple[int | None, float | None]:
@@ -123,9 +104,7 @@ class Snapshot(Ledger):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger.store)
         self._ledger = ledger
-        self._states: dict[str, State] = {}
-        self._results: dict[str, dict[str, Any]] = {}
-        self._spent: dict[tuple[str, ...], tuple[int | None, float | None]] = {}
+        self._read: dict[tuple[str, ...], Any] = {}
 
     @classmethod
     def of(cls, ledger: Ledger) -> "Snapshot":
@@ -138,23 +117,26 @@ class Snapshot(Ledger):
 
     def state(self, stage: Stage) -> State:
         """As of the first look."""
-        if stage.identity not in self._states:
-            self._states[stage.identity] = self._ledger.state(stage)
-        return self._states[stage.identity]
+        state: State = self._once(lambda: self._ledger.state(stage), "state", stage.identity)
+        return state
 
     def results(self, stage: Stage) -> dict[str, Any]:
         """As of the first look."""
-        if stage.identity not in self._results:
-            self._results[stage.identity] = self._ledger.results(stage)
-        return self._results[stage.identity]
+        found: dict[str, Any]
+        found = self._once(lambda: self._ledger.results(stage), "results", stage.identity)
+        return found
 
     def spent(self, part: Part) -> tuple[int | None, float | None]:
         """As the function `spent`."""
-        others = (other.identity for other in part.before)
-        place = (part.stage.identity, str(part.share), *others)
-        if place not in self._spent:
-            self._spent[place] = spent(part, self)
-        return self._spent[place]
+        stages = (one.identity for one in (part.stage, *part.before))
+        found: tuple[int | None, float | None]
+        found = self._once(lambda: spent(part, self), str(part.share), *stages)
+        return found
+
+    def _once(self, read: Callable[[], Any], *of: str) -> Any:
+        if of not in self._read:
+            self._read[of] = read()
+        return self._read[of]
 
 
 @dataclass(frozen=True)
@@ -210,7 +192,7 @@ class LineRow:
     """A line or baseline; `stage` names its evaluation, `values` are its numbers by column."""
 
     name: str
-    role: Literal["line", "baseline"]
+    role: Role
     state: State
     stage: str
     axes: Mapping[str, float | int | str | None]
@@ -233,7 +215,7 @@ def line_rows(study: Study, ledger: Ledger) -> list[LineRow]:
     `.chance`, `.stderr`, `.num_examples` (scores from 0 to 1); what else the table shows,
     `<task>:<metric>` and `suite:<name>`; `tokens.<kind>`, `seconds.<kind>` and `seconds`, the sum.
     """
-    named: list[tuple[str, Literal["line", "baseline"], Mapping[str, Any], Evaluate]]
+    named: list[tuple[str, Role, Mapping[str, Any], Evaluate]]
     named = [(line.name, "line", line.axes, line.result) for line in study.lines]
     named += [(name, "baseline", {}, result) for name, result in study.baselines.items()]
     axes = list(dict.fromkeys(axis for line in study.lines for axis in line.axes))
@@ -241,9 +223,7 @@ def line_rows(study: Study, ledger: Ledger) -> list[LineRow]:
     further = [score for score in study.table.scores if ":" in score] if study.table else []
     rows, ledger = [], Snapshot.of(ledger)
     for name, role, at, result in named:
-        found = NOTHING
-        if ledger.is_done(result):
-            found = ledger.result(result, EvaluationResult)
+        found = ledger.result(result, EvaluationResult) if ledger.is_done(result) else NOTHING
         row = {column: getattr(found.stable, column.split(".")[1]) for column in STABLE}
         row |= {score: _further(score, found) for score in further}
         for task in tasks:
@@ -290,16 +270,17 @@ def stable_of(study: Study, rows: Sequence[LineRow] | None = None) -> tuple[str,
     """The stable scores that the study can have; with `rows` those by probability only where a line
     has one: evaluations of earlier versions have none."""
     kinds = kinds_of(study)
-    return tuple(
+    left_out = [
         name
-        for name in STABLE
-        if name.split(".")[1].split("_")[0] in kinds
-        and (
-            rows is None
-            or name not in PROBABILITY
-            or any(row.values[name] is not None for row in rows)
-        )
-    )
+        for name in PROBABILITY
+        if rows is not None and all(row.values[name] is None for row in rows)
+    ]
+    return tuple(n for n in STABLE if kind_of(n) in kinds and n not in left_out)
+
+
+def kind_of(stable: str) -> str:
+    """The kind of task that a stable score is of."""
+    return stable.split(".")[1].split("_")[0]
 
 
 def group_rows(study: Study, rows: Sequence[LineRow]) -> list[Group]:
@@ -318,26 +299,30 @@ def group_rows(study: Study, rows: Sequence[LineRow]) -> list[Group]:
     places: list[Any] = list(dict.fromkeys((row.at(x), row.at(by)) for row in lines))
     if all(isinstance(place[0], int | float) for place in places):
         places.sort(key=lambda place: place[0])
-    columns = [
-        *STABLE,
-        *(f"{task}.{key}" for task, _ in tasks_of(study) for key in ("score", "blind")),
-    ]
+    tasks = [f"{task}.{key}" for task, _ in tasks_of(study) for key in ("score", "blind")]
     groups = []
     for place in places:
         members = [row for row in lines if (row.at(x), row.at(by)) == place]
         rest = [axis for axis in members[0].axes if axis not in (x, by)]
-        differing = [axis for axis in rest if len({row.at(axis) for row in members}) > 1]
         named = [
             (", ".join(f"{axis}={row.at(axis)}" for axis in rest) or row.name, row.values)
             for row in members
         ]
         spreads = {
             column: Spread(tuple((n, v) for n, row in named if (v := row[column]) is not None))
-            for column in columns
+            for column in (*STABLE, *tasks)
         }
-        mixed = tuple(axis for axis in differing if axis != "seed")
-        groups.append(Group(place[0], place[1], len(members), spreads, mixed))
+        mixed = (a for a in rest if a != "seed" and len({row.at(a) for row in members}) > 1)
+        groups.append(Group(*place, len(members), spreads, tuple(mixed)))
     return groups
+
+
+def curves_of(groups: Sequence[Group]) -> dict[Any, list[Group]]:
+    """The groups of each curve, by its value of the figure's `by`."""
+    found: dict[Any, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.by, []).append(group)
+    return found
 
 
 def ranked(groups: Sequence[Group], column: str) -> list[Group]:

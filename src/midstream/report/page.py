@@ -7,6 +7,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +137,15 @@ def write_facts(
             path.unlink()
     write_csv([row.flat() for row in facts.rows], folder / "results.csv")
     write_exports(exports(facts), folder)
-    write_bytes(folder / "findings.md", findings_text(facts).encode())
+    about = [f"# {escape_markdown(study.name)}", "", escape_markdown(study.question), ""]
+    write_bytes(folder / "findings.md", "\n".join([*about, *findings_lines(facts), ""]).encode())
     best = best_line(facts)
     text = render(
         "page.html.jinja",
         facts=facts,
         study=study,
         suite=suite,
-        rows=facts.rows,
-        groups=facts.groups,
         stable=stable_of(study, facts.rows),
-        tasks=facts.tasks,
         troubles=[
             {
                 "label": facts.plan.labels[row.stage.name],
@@ -163,10 +162,9 @@ def write_facts(
         benchmarks=_benchmarks(facts, folder),
         rates=_rates(facts, folder),
         ladder=_ladder(facts, folder),
-        table_notes=[] if facts.view is None else view_notes(facts.view),
+        table_notes=facts.view and view_notes(facts.view),
         generated=generated_data(study),
         shortened=shortened(facts),
-        pairs=facts.pairs,
         seen=seen_grid(study, facts.seen) if facts.seen else None,
         best=best,
         samples=_samples(facts, best),
@@ -178,13 +176,6 @@ def write_facts(
     )
     write_bytes(folder / "index.html", text.encode())
     return folder / "index.html"
-
-
-def findings_text(facts: Facts) -> str:
-    """The findings as Markdown."""
-    lines = [f"# {escape_markdown(facts.study.name)}", "", escape_markdown(facts.study.question)]
-    lines += ["", *findings_lines(facts)]
-    return "\n".join([*lines, ""])
 
 
 def findings_lines(facts: Facts) -> list[str]:
@@ -211,14 +202,10 @@ def _score_figures(facts: Facts, folder: Path) -> list[dict[str, str]]:
             panels[column.replace(".", "_")] = probability_panel(column)
     for kind, task in COMMON.items():
         own = [one for one in facts.tasks if one.kind == kind]
-        found = next((one for one in own if one.name == task), own[0] if own else None)
-        if found is not None:
+        for found in sorted(own, key=lambda one: one.name != task)[:1]:
             panels[f"common_{kind}"] = _task_panel(facts, found)
     return [
-        {
-            "title": panel.title,
-            "picture": _written(panel_figure(facts.study, facts.groups, panel), folder / name),
-        }
+        _shown(panel, _written(panel_figure(facts.study, facts.groups, panel), folder / name))
         for name, panel in panels.items()
     ]
 
@@ -232,9 +219,12 @@ def _benchmarks(facts: Facts, folder: Path) -> list[dict[str, str]]:
             whole = grid_figure(facts.study, facts.groups, panels)
             _written(whole, folder / f"benchmarks_{kind}")
         for panel in panels:
-            drawn = small_figure(facts.study, facts.groups, panel)
-            shown.append({"title": panel.title, "picture": svg_uri(drawn)})
+            shown.append(_shown(panel, svg_uri(small_figure(facts.study, facts.groups, panel))))
     return shown
+
+
+def _shown(panel: Panel, picture: str) -> dict[str, str]:
+    return {"title": panel.title, "picture": picture}
 
 
 def _task_panel(facts: Facts, task: Task) -> Panel:
@@ -247,13 +237,12 @@ def _rates(facts: Facts, folder: Path) -> dict[str, Any]:
         drawn, missing = curves(facts.study, facts.ledger)
     except (OSError, ValueError) as reason:
         # An imported checkpoint may lie on another machine than the report is made on.
-        return {"pictures": [], "times": None, "missing": [str(reason)]}
-    if not drawn:
-        return {"pictures": [], "times": None, "missing": missing}
-    pictures = [_written(rates_figure(drawn), folder / "rates")]
+        drawn, missing = [], [str(reason)]
     times = stretch(drawn)
-    if times is not None:
-        pictures.append(_written(rates_figure(drawn, times), folder / "rates_stretched"))
+    wanted = {"rates": 1 if drawn else None, "rates_stretched": times}
+    pictures = [
+        _written(rates_figure(drawn, by), folder / name) for name, by in wanted.items() if by
+    ]
     return {"pictures": pictures, "times": times, "missing": missing}
 
 
@@ -280,39 +269,31 @@ def _samples(facts: Facts, best: LineRow | None) -> list[dict[str, Any]]:
 
 
 def _trained(facts: Facts, folder: Path, max_curves: int) -> list[dict[str, Any]]:
-    """Training stages with their results (None until done) and, for some, curves."""
+    """Training stages with their results (None until done) and, for some, curves.
+
+    Drawn are one of each kind in turn, those that more lines use first.
+    """
     rows = [row for row in facts.plan.rows if row.stage.kind in TRAINING]
-    drawn = _drawn(rows, max_curves)
-    return [_one_trained(row, facts, folder, row.stage.name in drawn) for row in rows]
-
-
-def _drawn(rows: Sequence[PlanRow], limit: int) -> set[str]:
-    """Which stages are drawn: one of each kind in turn, those that more lines use first."""
     queues = [
         sorted((r for r in rows if r.stage.kind == kind), key=lambda row: -len(row.lines))
         for kind in TRAINING
     ]
-    picked: list[str] = []
-    for turn in range(max(map(len, queues), default=0)):
-        picked += [queue[turn].stage.name for queue in queues if turn < len(queue)]
-    return set(picked[:limit])
+    turns = [row.stage.name for turn in zip_longest(*queues) for row in turn if row is not None]
+    return [_one_trained(row, facts, folder, row.stage.name in turns[:max_curves]) for row in rows]
 
 
 def _one_trained(row: PlanRow, facts: Facts, folder: Path, drawn: bool) -> dict[str, Any]:
-    metrics = facts.ledger.metrics(row.stage) if drawn else []
-    done = None
-    if row.state == "done":
-        done = facts.ledger.result(row.stage, RESULTS[row.stage.kind])
-    name = f"curves_{row.stage.name}"
+    stage, metrics = row.stage, facts.ledger.metrics(row.stage) if drawn else []
+    curves = _written(curve_figure(metrics), folder / f"curves_{stage.name}") if metrics else None
     return {
-        "label": facts.plan.labels[row.stage.name],
-        "kind": row.stage.kind,
+        "label": facts.plan.labels[stage.name],
+        "kind": stage.kind,
         "state": row.state,
         "lines": row.lines,
-        "results": done,
+        "results": facts.ledger.result(stage, RESULTS[stage.kind]) if row.state == "done" else None,
         "drawn": drawn,
         "steps": len(metrics),
-        "curves": _written(curve_figure(metrics), folder / name) if metrics else None,
+        "curves": curves,
     }
 
 
@@ -337,25 +318,16 @@ def write_index(
         suite=suite,
         plan=planned,
         costs=cost_rows(planned, snapshot),
-        studies=[_study(one) for one in facts],
+        studies=[(one, _thumbnail(one)) for one in facts],
     )
     path = (out or ledger.store / "reports") / suite.name / "index.html"
     write_bytes(path, text.encode())
     return path
 
 
-def _study(facts: Facts) -> dict[str, Any]:
+def _thumbnail(facts: Facts) -> str:
     panel = stable_panel(kinds_of(facts.study)[0], {})
-    drawn = small_figure(facts.study, facts.groups, panel)
-    return {
-        "name": facts.study.name,
-        "question": facts.study.question,
-        "thumbnail": svg_uri(drawn),
-        "finding": facts.findings[0] if facts.findings else None,
-        "more": max(0, len(facts.findings) - 1),
-        "done": sum(row.state == "done" for row in facts.rows),
-        "planned": len(facts.rows),
-    }
+    return svg_uri(small_figure(facts.study, facts.groups, panel))
 
 
 HOW_DECIDED = (
@@ -389,9 +361,8 @@ def _section(facts: Facts) -> list[str]:
     study = facts.study
     lines = [f"## {escape_markdown(study.name)}", "", escape_markdown(study.question), ""]
     lines += [f"Settings: {escape_markdown(facts.settings)}.", ""]
-    if not facts.complete:
-        left, whole = len(facts.plan.to_run), len(facts.plan.rows)
-        stages, are = counted(whole, "stage"), "is" if left == 1 else "are"
+    if left := len(facts.plan.to_run):
+        stages, are = counted(len(facts.plan.rows), "stage"), "is" if left == 1 else "are"
         lines += [f"**Not complete: {left} of {stages} {are} not done.**", ""]
     lines += [to_markdown(scores_export(study, facts.groups).grid)]
     if cut := shortened(facts):
@@ -421,14 +392,11 @@ def _section(facts: Facts) -> list[str]:
 
 def _cost(facts: Facts) -> str:
     planned = facts.plan
-    seconds = sum(cost.seconds for cost in facts.costs)
-    alone = sum(cost.seconds_alone for cost in facts.costs)
+    seconds = duration(sum(cost.seconds for cost in facts.costs))
+    alone = duration(sum(cost.seconds_alone for cost in facts.costs))
     text = (
         f"Cost: {counted(len(planned.rows), 'stage')} ({planned.num_shared} shared) for "
-        f"{planned.num_alone} without sharing; {duration(seconds)} of compute for {duration(alone)}"
+        f"{planned.num_alone} without sharing; {seconds} of compute for {alone}"
     )
-    if planned.naive_flops:
-        text += (
-            f"; {quantity(planned.shared_flops)} FLOPs planned for {quantity(planned.naive_flops)}"
-        )
-    return text + "."
+    once, naive = quantity(planned.shared_flops), quantity(planned.naive_flops)
+    return text + (f"; {once} FLOPs planned for {naive}." if planned.naive_flops else ".")

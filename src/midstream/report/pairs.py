@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from midstream.core.decide import CONFIDENCE
 from midstream.core.stats import mean_by_split, standard_error
-from midstream.report.line_rows import Group, best_group, tasks_of
+from midstream.report.line_rows import Group, best_group, curves_of, tasks_of
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
@@ -152,8 +152,7 @@ def paired_rows(study: Study, groups: Sequence[Group], examples: Examples) -> li
     tasks = [name for name, kind in tasks_of(study) if kind == "vision"]
     members = results_by_place(study)
     rows = []
-    for by in dict.fromkeys(group.by for group in groups):
-        own = [group for group in groups if group.by == by]
+    for by, own in curves_of(groups).items():
         best = best_group(own, "stable.vision")
         for other in own:
             if best is None or other is best:

@@ -12,7 +12,7 @@ from typing import Any
 from midstream.core.decide import LEAST_OWN, detectable, quantile
 from midstream.core.tokens import counted
 from midstream.report.findings import claim_sides, column_of, versus
-from midstream.report.line_rows import group_rows, kinds_of, line_rows, ranked
+from midstream.report.line_rows import curves_of, group_rows, kinds_of, line_rows, ranked
 from midstream.report.verdicts import SEED, Comparison, Sides, compare, repetitions_needed
 from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Line, Study
@@ -116,15 +116,14 @@ def comparisons(study: Study, ledger: Ledger) -> list[Comparison]:
     ]
     groups = [] if study.levels else group_rows(study, rows)
     for column in (f"stable.{kind}" for kind in kinds_of(study)):
-        for by in dict.fromkeys(group.by for group in groups):
-            own = [g for g in groups if g.by == by and g.spreads[column].mean is not None]
+        for own in curves_of(groups).values():
+            known = ranked(own, column)
             # Against every other: whichever is picked is then known as well as asked.
-            for best in ranked(own, column)[:1]:
-                found += [
-                    compare(study, rows, column, versus(study, best, other), places=len(own))
-                    for other in own
-                    if other is not best
-                ]
+            found += [
+                compare(study, rows, column, versus(study, known[0], other), places=len(known))
+                for other in own
+                if other in known[1:]
+            ]
     return [one for one in found if one is not None]
 
 

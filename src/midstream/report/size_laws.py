@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from midstream.core.laws import Law, Prediction, Trend, UnidentifiedError, fit_law, fit_trend
+from midstream.core.laws import Losses, Prediction, UnidentifiedError, fit_law, fit_trend
 from midstream.report.figures import GRID_COLUMNS, MUTED, PAPER, SERIES, SMALL, saved
 from midstream.report.findings import place_words, points, score_name, signed
 from midstream.report.line_rows import LineRow, kinds_of, parts_of
@@ -85,52 +85,55 @@ def laws_of(study: Study, rows: Sequence[LineRow], ledger: Ledger) -> list[Laws]
     if study.ladder is None:
         return []
     places, sizes = _places(study), _parameters(study)
-    left_out = sizes[study.ladder.predict]
-    losses = _losses(study, ledger)
-    found = [
-        _loss_law(title, values, list(sizes.values()), left_out, places)
-        for title, values in losses.items()
-    ]
+    left_out, losses = sizes[study.ladder.predict], _losses(study, ledger)
+
+    def found(title: str, unit: Unit, values: Values, planned: Mapping[str, int], fit: Fit) -> Laws:
+        known = dict[str, _Told]()
+        seen = {
+            place: {
+                size: list(own.values()) for size, own in at.items() if size != left_out and own
+            }
+            for place, at in values.items()
+        }
+        try:
+            known, said = fit(seen, unit)
+        except UnidentifiedError as reason:
+            said = f"no {'law' if fit is _law else 'line'}, since {reason}"
+        rungs = []
+        for place, number in planned.items():
+            for size in sizes.values():
+                own = tuple(values.get(place, {}).get(size, {}).values())
+                told = known[place][1](size, len(own) or number) if place in known else None
+                rungs.append(Rung(place, size, own, size == left_out, told))
+        curves = {place: at for place, (at, _) in known.items()}
+        return Laws(title, unit, f"{title}: {said}.", tuple(rungs), curves, signs=fit is not _law)
+
     scores = {f"stable.{kind}": _scores(study, rows, f"stable.{kind}") for kind in kinds_of(study)}
     effects: list[tuple[str, Unit, Values]] = [
         *((score_name(score), "points", values) for score, values in scores.items()),
         *((title, "nats", values) for title, values in losses.items()),
     ]
     first, *others = places
-    for title, unit, values in effects:
-        for other in others:
-            changed = _changed(values, first, other)
-            name = f"{title}: {other} less {first}"
-            found.append(_effect(name, unit, changed, list(sizes.values()), left_out, places))
-    return found
+    return [found(title, "nats", values, places, _law) for title, values in losses.items()] + [
+        found(
+            f"{title}: {other} less {first}",
+            unit,
+            {"": _changed(values, first, other)},
+            {"": min(places.values())},
+            _line,
+        )
+        for title, unit, values in effects
+        for other in others
+    ]
 
 
-def _loss_law(
-    title: str, values: Values, sizes: Sequence[int], left_out: int, places: Mapping[str, int]
-) -> Laws:
-    seen = {
-        place: {size: list(own.values()) for size, own in at.items() if size != left_out}
-        for place, at in values.items()
-    }
-    law: Law | None = None
-    try:
-        law = fit_law({place: at for place, at in seen.items() if at})
-    except UnidentifiedError as reason:
-        sentence = f"{title}: no law, since {reason}."
-    else:
-        sentence = f"{title}: {_law_words(law)}."
-    rungs = []
-    for place, planned in places.items():
-        known = law if law is not None and place in law.places else None
-        for size in sizes:
-            own = tuple(values.get(place, {}).get(size, {}).values())
-            told = None if known is None else known.predict(place, size, len(own) or planned)
-            rungs.append(Rung(place, size, own, size == left_out, told))
-    curves = {} if law is None else {p: partial(law.at, p) for p in law.places}
-    return Laws(title, "nats", sentence, tuple(rungs), curves)
+# What a law says of one place: the value at a size, and the mean of so many models there.
+_Told = tuple[Callable[[float], float], Callable[[int, int], Prediction]]
+Fit = Callable[[Losses, Unit], tuple[dict[str, _Told], str]]
 
 
-def _law_words(law: Law) -> str:
+def _law(losses: Losses, _: Unit) -> tuple[dict[str, _Told], str]:
+    law = fit_law({place: at for place, at in losses.items() if at})
     floors = [
         f"{law.floor(place):.4f}{f' at {place}' if place else ''}"
         if law.floor(place) is not None
@@ -138,42 +141,20 @@ def _law_words(law: Law) -> str:
         for place in law.places
     ]
     found = law.exponent
-    return (
+    return {p: (partial(law.at, p), partial(law.predict, p)) for p in law.places}, (
         f"loss = E + {law.amplitude:.4g} (N / {law.base:,.0f})^\N{MINUS SIGN}{found.value:.3f}, "
         f"exponent {found.low:.3f} to {found.high:.3f}, E {', '.join(floors)}; one model varies "
         f"by {100 * law.spread:.2f} % about it"
     )
 
 
-def _effect(
-    title: str,
-    unit: Unit,
-    values: dict[int, dict[Any, float]],
-    sizes: Sequence[int],
-    left_out: int,
-    places: Mapping[str, int],
-) -> Laws:
-    line: Trend | None = None
-    try:
-        line = fit_trend(
-            {size: list(own.values()) for size, own in values.items() if size != left_out and own}
-        )
-    except UnidentifiedError as reason:
-        sentence = f"{title}: no line, since {reason}."
-    else:
-        slope = line.doubling
-        numbers = [_changes(x, unit) for x in (slope.value, slope.low, slope.high)]
-        sentence = (
-            f"{title}: {numbers[0]} {unit} with each doubling of the decoder, 95 % interval "
-            f"{numbers[1]} to {numbers[2]}."
-        )
-    rungs = []
-    for size in sizes:
-        own = tuple(values.get(size, {}).values())
-        told = None if line is None else line.predict(size, len(own) or min(places.values()))
-        rungs.append(Rung("", size, own, size == left_out, told))
-    curves = {} if line is None else {"": line.at}
-    return Laws(title, unit, sentence, tuple(rungs), curves, signs=True)
+def _line(changes: Losses, unit: Unit) -> tuple[dict[str, _Told], str]:
+    line = fit_trend(changes[""])
+    slope = line.doubling
+    value, low, high = (_changes(x, unit) for x in (slope.value, slope.low, slope.high))
+    return {"": (line.at, line.predict)}, (
+        f"{value} {unit} with each doubling of the decoder, 95 % interval {low} to {high}"
+    )
 
 
 def _place(study: Study, line: Line) -> str:
@@ -251,7 +232,9 @@ def ladder_grid(study: Study, laws: Sequence[Laws]) -> Grid:
             str(len(rung.values)),
             _measured(law, rung),
             "–" if rung.told is None else law.number(rung.told.value),
-            _interval(law, rung),
+            f"{law.number(rung.told.low)} to {law.number(rung.told.high)}"
+            if rung.told is not None and rung.predicted
+            else "–",
             {None: "–", True: "yes", False: "no"}[rung.inside],
         )
         for law in laws
@@ -295,12 +278,6 @@ def _measured(law: Laws, rung: Rung) -> str:
     return f"{law.number(rung.mean)} ± " + (
         points(spread) if law.unit == "points" else f"{spread:.4f}"
     )
-
-
-def _interval(law: Laws, rung: Rung) -> str:
-    if rung.told is None or not rung.predicted:
-        return "–"
-    return f"{law.number(rung.told.low)} to {law.number(rung.told.high)}"
 
 
 def ladder_figure(laws: Sequence[Laws]) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """The study's table beside the paper's, small tables as Markdown and LaTeX, what a study took."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -10,7 +10,7 @@ from midstream.report.findings import column_of, place, place_words, points, row
 from midstream.report.line_rows import KINDS, LineRow, Part, Snapshot, Spread
 from midstream.study.results import StageResult, TrainingResult
 from midstream.study.stages import Trained
-from midstream.study.studies import Published, Study, Table
+from midstream.study.studies import Study, Table
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -143,28 +143,37 @@ class Column:
 
     name: str
     kind: str = "ours"
-    note: str = ""
+
+
+Row = tuple[str, tuple[Cell, ...]]
 
 
 @dataclass(frozen=True)
 class View:
-    """The table as it is shown, exported and quoted.
+    """A study's table filled in, as it is shown, exported and quoted."""
 
-    `labels` are heads of columns of words, which stand in `words` by the row's name.
-    """
-
-    title: str
-    corner: str
+    table: Table
     columns: tuple[Column, ...]
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
-    source: str
-    sources: tuple[str, ...]
-    labels: tuple[str, ...] = ()
-    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    rows: tuple[Row, ...]
+
+    @property
+    def corner(self) -> str:
+        """What the rows are."""
+        return "score" if self.table.rows == SCORES else self.table.rows.replace("_", " ")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The heads of columns of words."""
+        return tuple(dict.fromkeys(one for words in self.table.labels.values() for one in words))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the numbers of others stand."""
+        return tuple(f"{model.name}: {model.source}" for model in self.table.published)
 
     def words_of(self, row: str) -> tuple[str, ...]:
         """What describes a row, by `labels`; nothing where it is not described."""
-        return tuple(self.words.get(row, {}).get(label, "") for label in self.labels)
+        return tuple(self.table.labels.get(row, {}).get(label, "") for label in self.labels)
 
     @property
     def has_printed(self) -> bool:
@@ -175,19 +184,37 @@ class View:
 def table_view(study: Study, rows: Sequence[LineRow]) -> View | None:
     """The study's table from the rows of `line_rows`; None where the study has none.
 
-    Places that only the paper has stand there too, as not measured.
+    A row for each value of an axis, with the scores at each value of another (without one also of
+    baselines and published models); or turned, a row for each score. Places that only the paper
+    has stand there too, as not measured.
     """
     table = study.table
     if table is None:
         return None
+    across = _places(table, table.columns, rows)
+    ats: list[dict[str, Any]] = [{table.columns: at} for at in across] if table.columns else [{}]
+    others = _others(table, rows)
     if table.rows == SCORES:
-        columns, found = _turned(table, rows)
-    else:
-        columns, found = _upright(table, rows)
-    sources = tuple(f"{model.name}: {model.source}" for model in table.published)
-    corner = "score" if table.rows == SCORES else table.rows.replace("_", " ")
-    labels = tuple(dict.fromkeys(label for words in table.labels.values() for label in words))
-    return View(table.title, corner, columns, found, table.source, sources, labels, table.labels)
+        ours = [(Column(place_words(at) or "ours"), _cells(table, rows, at)) for at in ats]
+        shown = [*ours, *others]
+        turned = [
+            (score_name(score), tuple(cells[number] for _, cells in shown))
+            for number, score in enumerate(table.scores)
+        ]
+        return View(table, tuple(column for column, _ in shown), tuple(turned))
+    heads = []
+    for at in ats:
+        for score in table.scores:
+            told = [] if at and len(table.scores) == 1 else [score_name(score)]
+            heads.append(Column(", ".join([*([place_words(at)] if at else []), *told])))
+    found = []
+    for value in _places(table, table.rows, rows):
+        parts = [_cells(table, rows, {table.rows: value} | at) for at in ats]
+        found.append((str(place(value)), tuple(cell for part in parts for cell in part)))
+    if table.columns is None:
+        quoted = {"published": " (quoted)"}
+        found += [(one.name + quoted.get(one.kind, ""), part) for one, part in others]
+    return View(table, tuple(heads), tuple(found))
 
 
 def view_grid(view: View) -> Grid:
@@ -206,14 +233,14 @@ def view_grid(view: View) -> Grid:
             own = cell.published_words or cell.our_words
             line += [own or "–", *([cell.printed_words or "–"] if printed else [])]
         lines.append(tuple(line))
-    return Grid(view.title, tuple(heads), tuple(lines), view_notes(view))
+    return Grid(view.table.title, tuple(heads), tuple(lines), view_notes(view))
 
 
 def view_notes(view: View) -> tuple[str, ...]:
     """What the numbers are and where those of others stand."""
     notes = ["ours: mean ± standard deviation (number of repetitions), in points of 100"]
     if view.has_printed:
-        notes.append(f"paper: as printed in {view.source or 'the paper'}, not computed here")
+        notes.append(f"paper: as printed in {view.table.source or 'the paper'}, not computed here")
     notes += [f"quoted, not computed here: {source}" for source in view.sources]
     return tuple(notes)
 
@@ -237,50 +264,25 @@ def view_records(view: View) -> list[dict[str, Any]]:
     return records
 
 
-def _upright(table: Table, rows: Sequence[LineRow]) -> tuple[tuple[Column, ...], Any]:
-    """A row for each value of an axis; columns are values of another, or the scores."""
-    across: list[tuple[dict[str, Any], str]] = []
-    names = []
-    for at in _places(table, table.columns, rows) if table.columns else [None]:
-        for score in table.scores:
-            across.append(({} if table.columns is None else {table.columns: at}, score))
-            words = "" if table.columns is None else place_words({table.columns: at})
-            alone = table.columns is not None and len(table.scores) == 1
-            names.append(words if alone else f"{words}, {score_name(score)}".removeprefix(", "))
-    found = []
-    for value in _places(table, table.rows, rows):
-        cells = [_cell(table, rows, {table.rows: value} | at, score) for at, score in across]
-        found.append((str(place(value)), tuple(cells)))
-    if table.columns is None:
-        for row in rows:
-            if row.role == "baseline":
-                cells = [_baseline(table, row, score) for score in table.scores]
-                found.append((row.name, tuple(cells)))
-        for model in table.published:
-            quoted = [_quoted(model, score) for score in table.scores]
-            found.append((f"{model.name} (quoted)", tuple(quoted)))
-    return tuple(Column(name) for name in names), tuple(found)
-
-
-def _turned(table: Table, rows: Sequence[LineRow]) -> tuple[tuple[Column, ...], Any]:
-    """A row for each score; our places, then baselines, then published models as columns."""
-    places = _places(table, table.columns, rows) if table.columns else [None]
-    ats: list[dict[str, Any]] = [{table.columns: at} if table.columns else {} for at in places]
-    baselines = [row for row in rows if row.role == "baseline"]
-    columns = [Column(place_words(at) if at else "ours") for at in ats]
-    columns += [Column(row.name, "baseline") for row in baselines]
-    columns += [Column(model.name, "published", model.source) for model in table.published]
-    found = []
-    for score in table.scores:
-        cells = [_cell(table, rows, at, score) for at in ats]
-        cells += [_baseline(table, row, score) for row in baselines]
-        cells += [_quoted(model, score) for model in table.published]
-        found.append((score_name(score), tuple(cells)))
-    return tuple(columns), tuple(found)
+def _others(table: Table, rows: Sequence[LineRow]) -> list[tuple[Column, tuple[Cell, ...]]]:
+    """Baselines, then published models, each with a cell a score."""
+    scores = table.scores
+    baselines = [
+        (Column(row.name, "baseline"), tuple(_baseline(table, row, score) for score in scores))
+        for row in rows
+        if row.role == "baseline"
+    ]
+    return baselines + [
+        (
+            Column(one.name, "published"),
+            tuple(Cell(s, None, 0, (), one.scores.get(s), one.errors.get(s)) for s in scores),
+        )
+        for one in table.published
+    ]
 
 
 def _places(table: Table, axis: str | None, rows: Sequence[LineRow]) -> list[Any]:
-    """The values of an axis that lines have, then those that only the paper has."""
+    """The values of an axis that lines have, then those that only the paper has; [] of none."""
     if axis is None:
         return []
     names = {row.name for row in rows if row.role == "baseline"}
@@ -292,26 +294,23 @@ def _places(table: Table, axis: str | None, rows: Sequence[LineRow]) -> list[Any
     return found
 
 
-def _cell(table: Table, rows: Sequence[LineRow], at: dict[str, Any], score: str) -> Cell:
-    members = rows_at(rows, at)
-    column = column_of(score)
-    values = tuple((r.name, v) for r in members if (v := r.values.get(column)) is not None)
-    asked = [row for row in members if column in row.values]
-    return Cell(score, Spread(values), len(asked), _printed(table, at, score))
+def _cells(table: Table, rows: Sequence[LineRow], at: dict[str, Any]) -> tuple[Cell, ...]:
+    """A cell a score, of the lines there."""
+    members, cells = rows_at(rows, at), []
+    for score in table.scores:
+        asked = {
+            r.name: r.values[column_of(score)] for r in members if column_of(score) in r.values
+        }
+        values = tuple((name, value) for name, value in asked.items() if value is not None)
+        cells.append(Cell(score, Spread(values), len(asked), _printed(table, at, score)))
+    return tuple(cells)
 
 
 def _baseline(table: Table, row: LineRow, score: str) -> Cell:
     value = row.values.get(column_of(score))
     values = () if value is None else ((row.name, value),)
-    printed: tuple[tuple[str, float | int], ...] = ()
-    if table.columns is not None:
-        printed = _printed(table, {table.columns: row.name}, score)
-    planned = 0 if row.state == "done" else 1
-    return Cell(score, Spread(values), planned, printed)
-
-
-def _quoted(model: Published, score: str) -> Cell:
-    return Cell(score, None, 0, (), model.scores.get(score), model.errors.get(score))
+    printed = _printed(table, {table.columns: row.name}, score) if table.columns else ()
+    return Cell(score, Spread(values), int(row.state != "done"), printed)
 
 
 def _printed(table: Table, at: dict[str, Any], score: str) -> tuple[tuple[str, float | int], ...]:
