@@ -14,18 +14,6 @@ def shares(line: Line) -> dict[str, float]:
     return {one.source: one.share for one in budget.shares}
 
 
-def test_documents_and_captions_share_the_same_part_of_the_tokens() -> None:
-    study = share(seeds=(7,))
-    plain = {line.axes["interleaved"]: shares(line) for line in study.lines}
-    assert plain[0.0] == {"pictures": 0.3, "web": 0.7}
-    assert plain[50.0] == {"pictures": 0.15, "pages": 0.15, "web": 0.7}
-    assert plain[100.0] == {"pages": 0.3, "web": 0.7}
-    models = {line.result.of.identity for line in study.lines}
-    assert len(models) == 3
-    assert len(study.lines) == 9
-    assert {claim.score for claim in study.claims} >= {"nlvr2", "pocket_albums", "vqav2"}
-
-
 def test_shots_are_priced_and_told_apart() -> None:
     study = share(seeds=(7,), parts=(0.0, 1.0), shots=(0, 4))
     own = [line.result for line in study.lines if line.axes["interleaved"] == 0.0]

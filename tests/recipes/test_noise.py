@@ -3,25 +3,12 @@
 import pytest
 
 from midstream.recipes.lines import LEVELS, Level
-from midstream.recipes.noise import arms, levels
+from midstream.recipes.noise import levels
 from midstream.recipes.onset import onset_by_share
 from midstream.recipes.paper import figure_4, table_4
 from midstream.recipes.published import table1
 from midstream.recipes.scales import find_scale
 from midstream.report.gather import repeated
-from midstream.study.stages import Stage
-from midstream.study.studies import Line
-
-
-def chain(line: Line) -> dict[str, Stage]:
-    """A line's stages by kind."""
-    found: dict[str, Stage] = {}
-    left: list[Stage] = [line.result]
-    while left:
-        stage = left.pop()
-        found[stage.kind] = stage
-        left += stage.parents
-    return found
 
 
 @pytest.mark.parametrize(
@@ -54,26 +41,13 @@ def test_what_is_given_cannot_be_drawn_anew() -> None:
 
 
 def test_an_image_text_stage_that_is_fixed_is_drawn_anew_where_it_is_asked() -> None:
-    lines = figure_4(scale="1b", seeds=(1, 2), completions=(0.8,), draws=("image-text",)).lines
-    seeds = {chain(line)["continue"].identity for line in lines}
-    assert len(seeds) == 2
+    study = figure_4(scale="1b", seeds=(1, 2), completions=(0.8,), draws=("image-text",))
+    assert repeated(study)["own"] == ["continue", "finetune"]
 
 
-def test_levels_lie_within_one_another() -> None:
-    study = levels(repeats=(2, 3, 2))
-    assert len(study.lines) == 12
-    kinds = {"pretrain": 2, "continue": 6, "finetune": 12, "train_encoder": 1}
-    for kind, number in kinds.items():
-        assert len({chain(line)[kind].identity for line in study.lines}) == number
+def test_levels_are_three_numbers_of_two_or_more() -> None:
     with pytest.raises(ValueError, match="three numbers of 2 or more"):
         levels(repeats=(2, 1, 2))
-
-
-def test_two_arms_share_no_stage_that_has_a_seed() -> None:
-    study = arms(seeds=(1, 2, 3))
-    for kind in ("continue", "finetune"):
-        assert len({chain(line)[kind].identity for line in study.lines}) == 6
-    assert [line.axes["arm"] for line in study.lines] == ["A", "B"] * 3
 
 
 def test_without_draws_no_identity_moves() -> None:

@@ -15,10 +15,9 @@ from midstream.recipes import paper
 from midstream.recipes.lines import IMAGE_TEXT, TEXT_RUN
 from midstream.recipes.paper.suites import AUTHORS_LATER_RUNS, LISTS
 from midstream.recipes.paper.table_studies import TABLE_7, TABLE_8
-from midstream.recipes.paper_scale import DINOV2, SIGLIP
 from midstream.recipes.published_recipes import RECIPES
 from midstream.recipes.scales import find_scale
-from midstream.study.stages import Continue, Finetune, LoadEncoder, Pretrain
+from midstream.study.stages import Continue, Finetune, Pretrain
 from midstream.study.studies import Study
 
 
@@ -104,29 +103,12 @@ def test_a_tenth_is_379_or_281_million_pictures_by_the_unit_of_a_share() -> None
     assert images_seen(stage, None, "sequences") == pytest.approx(2.81e6, rel=2e-3)
 
 
-def test_padded_rows_of_fine_tuning_hold_the_256_conversations_of_a_step() -> None:
-    at = find_scale("1b", rows="paper")
-    assert (at.finetune_rows.row_length, at.finetune_rows.batch_rows) == (2048, 256)
-
-
 def test_z_loss_of_the_text_run_is_that_of_its_records() -> None:
     losses = {
         size: find_scale(size, text="trained").text.training.optimizer.z_loss
         for size in ("79m", "411m", "1b")
     }
     assert losses == {"79m": 1e-4, "411m": 1e-4, "1b": 1e-6}
-
-
-def test_encoders_are_those_of_prismatics_timm() -> None:
-    assert (SIGLIP.hidden_act, SIGLIP.feature_layer) == ("gelu", -2)
-    assert (DINOV2.num_registers, DINOV2.hidden_act) == (4, "gelu")
-    sources = {
-        tower.source
-        for stage in order(paper.table_5(scale="1b"))
-        if isinstance(stage, LoadEncoder)
-        for tower in stage.towers
-    }
-    assert sources == {"google/siglip-so400m-patch14-384", "facebook/dinov2-with-registers-large"}
 
 
 def test_rates_at_given_checkpoints_are_those_of_the_run_names() -> None:

@@ -5,18 +5,15 @@ from pathlib import Path
 import pytest
 
 from midstream.config import (
-    Constant,
-    ContinuedCosine,
     Mixture,
     Resampler,
-    WarmupCosine,
 )
 from midstream.cost.graph import plan
 from midstream.recipes.published import table1, trained
 from midstream.recipes.published_recipes import RECIPES, Recipe
 from midstream.recipes.scales import SIZES, Model, Scale, find_scale, finetune_stage
 from midstream.report.curves import curves
-from midstream.study.stages import Continue, Finetune, StartText, came_from
+from midstream.study.stages import Continue, Finetune, came_from
 from midstream.study.store import Ledger
 
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
@@ -38,60 +35,6 @@ def chain(scale: Scale, recipe: Recipe) -> list[Continue | Finetune]:
     return found[::-1]
 
 
-def shares(stage: Continue | Finetune) -> dict[str, float]:
-    budget = stage.training.budget
-    return {share.source: share.share for share in budget.shares}
-
-
-def learns(stage: Continue | Finetune) -> set[str]:
-    """The parts of the model that a stage trains."""
-    training = stage.training
-    parts = {"projector"}
-    parts |= set() if training.freeze_decoder else {"decoder"}
-    return parts | (set() if training.encoder_rate_factor is None else {"encoder"})
-
-
-ALL = {"projector", "encoder", "decoder"}
-UNSEEN = {"projector", "decoder"}
-
-
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("BLIP3", [UNSEEN, UNSEEN]),
-        ("Flamingo", [{"projector"}]),
-        ("IDEFICS", [ALL, ALL]),
-        ("MM1 91:9", [ALL, ALL]),
-        ("DeepSeek-VL", [{"projector"}, UNSEEN, ALL]),
-        ("Qwen-VL", [{"projector", "encoder"}, ALL, UNSEEN]),
-        ("PaliGemma", [ALL, ALL, ALL, ALL]),
-        ("Prismatic", [UNSEEN]),
-        ("Ours", [UNSEEN, UNSEEN]),
-    ],
-)
-def test_each_recipe_trains_in_each_stage_what_its_authors_do(
-    pocket: Scale, name: str, parts: list[set[str]]
-) -> None:
-    assert [learns(stage) for stage in chain(pocket, BY_NAME[name])] == parts
-
-
-def test_the_mixtures_are_those_of_the_table(pocket: Scale) -> None:
-    found = [shares(chain(pocket, one)[0]) for one in RECIPES if one.name.startswith("MM1")]
-    for source in ("pictures", "pages"):
-        assert [one[source] for one in found] == pytest.approx([0.5, 0.455, 0.43, 1 / 3])
-    assert [one.get("web", 0.0) for one in found] == pytest.approx([0.0, 0.09, 0.14, 1 / 3])
-    adaptor, joint, _ = chain(pocket, BY_NAME["DeepSeek-VL"])
-    assert shares(adaptor) == {"pictures": 1.0}
-    assert shares(joint)["web"] == 0.7
-    interleaved = {"BLIP3", "Flamingo", "IDEFICS"}
-    for name in (*interleaved, "Qwen-VL", "PaliGemma"):
-        assert ("pages" in shares(chain(pocket, BY_NAME[name])[0])) == (name in interleaved), name
-        for stage in chain(pocket, BY_NAME[name]):
-            if isinstance(stage, Continue):
-                assert "web" not in shares(stage), name
-    assert shares(chain(pocket, BY_NAME["Ours"])[0]) == {"pictures": 0.1, "web": 0.9}
-
-
 def test_every_recipe_with_an_image_text_stage_sees_as_many_image_text_tokens(
     pocket: Scale,
 ) -> None:
@@ -102,17 +45,6 @@ def test_every_recipe_with_an_image_text_stage_sees_as_many_image_text_tokens(
             if isinstance(stage.training.budget, Mixture)
         ]
         assert sum(budgets) == pocket.image_text_tokens, name
-
-
-def test_paligemma_goes_on_with_one_schedule_from_its_first_stage_to_its_last(
-    pocket: Scale,
-) -> None:
-    first, *rest = (stage.training.schedule for stage in chain(pocket, BY_NAME["PaliGemma"]))
-    assert isinstance(first, Constant)
-    ends = [one.end_rate for one in rest if isinstance(one, ContinuedCosine)]
-    assert len(ends) == len(rest) == 3
-    assert first.peak_rate > ends[0] > ends[1] > ends[2] == 0.0
-    assert {stage.model.attention for stage in chain(pocket, BY_NAME["PaliGemma"])} == {"prefix"}
 
 
 @pytest.mark.parametrize("name", ["Qwen-VL", "PaliGemma"])
@@ -169,29 +101,6 @@ def test_each_recipe_has_a_connector_of_its_own_kind(pocket: Scale) -> None:
     assert chain(large, BY_NAME["MM1 91:9"])[0].model.image_tokens == 81
     assert chain(pocket, BY_NAME["MM1 91:9"])[0].model.image_tokens == 9
     assert chain(pocket, BY_NAME["PaliGemma"])[0].model.projector.num_layers == 1
-
-
-def test_encoders_learn_at_a_tenth_of_the_rate_unless_theirs_is_known(pocket: Scale) -> None:
-    found = {
-        recipe.name: {stage.training.encoder_rate_factor for stage in chain(pocket, recipe)}
-        - {None}
-        for recipe in RECIPES
-    }
-    known = {"PaliGemma": {1.0}, "Qwen-VL": {0.38}}
-    frozen: set[float] = set()
-    for name, rates in found.items():
-        tenth = frozen if name in ("BLIP3", "Flamingo", "Prismatic", "Ours") else {0.1}
-        assert rates == known.get(name, tenth), name
-
-
-def test_qwen_vl_warms_up_twice_and_prismatic_starts_from_the_text_model(pocket: Scale) -> None:
-    for stage in chain(pocket, BY_NAME["Qwen-VL"]):
-        assert isinstance(stage.training.schedule, WarmupCosine)
-    (only,) = chain(pocket, BY_NAME["Prismatic"])
-    assert isinstance(only, Finetune)
-    assert isinstance(only.start, StartText)
-    assert only.start.completion == 1.0
-    assert only.encoder_stage == pocket.encoders["SigLIP"]
 
 
 def test_ours_is_the_papers_model_to_the_last_digit(pocket: Scale) -> None:
