@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from midstream.core.decide import (
+from midstream.core.stats import (
     Contrast,
     after_more,
     detectable,

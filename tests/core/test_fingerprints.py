@@ -14,13 +14,9 @@ from midstream.config import Evaluation, PublicFolder, TokenizerFile, TrainedTok
 from midstream.core import digests
 from midstream.core.identity import file_sha256, kept_digests, text_column, world_fingerprint
 from midstream.study.stages import (
-    Continue,
     ContinueFrom,
     Evaluate,
-    Finetune,
     Prepare,
-    Pretrain,
-    TrainEncoder,
 )
 
 # What a stage is called in these tests, and the stage.
@@ -223,24 +219,6 @@ def test_a_tokenizer_file_shields_the_text_from_other_texts(world: Path, tmp_pat
     moved = tmp_path / "moved"
     shutil.move(world, moved)
     assert chain(moved, tokenizer) == before
-
-
-def test_stages_of_every_kind_name_only_the_data_they_read(world: Path) -> None:
-    data = Prepare(
-        world=PublicFolder(root=world, fingerprint=world_fingerprint(world)),
-        tokenizer=TrainedTokenizer(vocab_size=tiny.VOCAB_SIZE),
-    )
-    text = tiny.TEXT.model_copy(update={"data": data})
-    stages: list[TrainEncoder | Pretrain | Continue | Finetune] = [
-        tiny.encoder_of(data),
-        text,
-        tiny.SEEN.model_copy(update={"data": data}),
-    ]
-    reads = [
-        {parent.source for parent in stage.parents if parent.kind == "prepare_source"}
-        for stage in stages
-    ]
-    assert reads == [{"pictures"}, {"web"}, {"pictures", "web"}]
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 import tiny
 from midstream.cli.app import app
-from midstream.config import WarmupCosine
 from midstream.cost.graph import (
     check,
     forget_study,
@@ -26,7 +25,7 @@ from midstream.cost.graph import (
 )
 from midstream.study import first_stages as stage_module
 from midstream.study.label import label
-from midstream.study.stages import Continue, Evaluate, Finetune, Stage, StartText
+from midstream.study.stages import Evaluate, Finetune, StartText
 from midstream.study.store import Ledger
 from midstream.study.studies import Figure, Line, Study
 
@@ -112,34 +111,6 @@ def test_plan_of_300_lines_computes_each_identity_once(
     assert set(calls.values()) == {1}
     # What comes before the lines is made once for the whole process, by whoever asks first.
     assert 0 <= len(work.rows) - len(calls) <= 7
-
-
-class Waits(Continue):
-    """An image-text stage of somebody's own that also wants what is fine-tuned from it."""
-
-    @property
-    def parents(self) -> tuple[Stage, ...]:
-        schedule = WarmupCosine(peak_rate=1e-3)
-        chat = Finetune(
-            start=self, training=self.training.model_copy(update={"schedule": schedule})
-        )
-        return (*super().parents, chat)
-
-
-def test_a_cycle_is_refused_and_its_stages_are_named(make_study: MakeStudy, tmp_path: Path) -> None:
-    study = make_study((0.2,))
-    line = study.lines[0]
-    chat = line.result.of
-    waits = Waits(**{name: getattr(chat.start, name) for name in Continue.model_fields})
-    result = Evaluate(of=waits, evaluation=line.result.evaluation)
-    looped = study.model_copy(
-        update={"lines": (line.model_copy(update={"result": result}),), "baselines": {}}
-    )
-    message = rf"a stage waits for itself: {waits.name} needs finetune-\w+ needs {waits.name};"
-    with pytest.raises(ValueError, match=message):
-        order(looped)
-    with pytest.raises(ValueError, match=message):
-        plan(looped, Ledger(tmp_path))
 
 
 def test_a_text_model_that_is_fine_tuned_directly_counts_up_to_its_milestone(

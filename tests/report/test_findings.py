@@ -7,7 +7,7 @@ from typing import Any
 import made_studies as made
 import pytest
 
-from midstream.core.decide import Contrast
+from midstream.core.stats import Contrast
 from midstream.core.storage import read_json, write_json
 from midstream.report.findings import Finding, points, signed
 from midstream.report.gather import gather

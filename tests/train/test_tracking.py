@@ -1,8 +1,8 @@
 import json
 import os
-import struct
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -218,77 +218,46 @@ def test_trackers_that_do_not_exist_or_stand_twice_are_refused(tmp_path: Path) -
         Machine.model_validate({"tracking": ["wandb", "wandb"]})
 
 
-def log_records(data: bytes) -> Iterator[bytes]:
-    """The records of W&B's local file behind its header: LevelDB's log format.
+class Library:
+    """What the trackers call of W&B's library and of Trackio's."""
 
-    Blocks of 32 KiB, counted with the header; each piece has a checksum, its length and a type:
-    1 whole, 2 first, 3 middle, 4 last.
-    """
-    at, whole = 0, b""
-    while at + 7 <= len(data):
-        left = 2**15 - (at + 7) % 2**15
-        if left < 7:
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            yield whole
-            whole = b""
+    Settings = dict
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, object]] = []
+        self.sent: list[tuple[int, float]] = []
+        self.ended: list[dict[str, int]] = []
+
+    def init(self, **given: object) -> "Library":
+        self.runs.append(given)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.sent.append((step, values["train/loss"]))
+
+    def finish(self, **given: int) -> None:
+        self.ended.append(given)
 
 
-def test_weights_and_biases_offline_goes_on_with_its_run_and_sends_no_step_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "end"), [("wandb", {"exit_code": 0}), ("trackio", {})])
+def test_a_run_goes_on_and_is_sent_no_step_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, end: dict[str, int]
 ) -> None:
-    pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
-    from wandb.proto import wandb_internal_pb2
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    machine = Machine.model_validate({"tracking": ["wandb"], "tracking_project": "mine"})
-    path, positions = tmp_path / "metrics.jsonl", [0]
+    library = Library()
+    monkeypatch.setitem(sys.modules, name, library)
+    machine = Machine.model_validate({"tracking": [name], "tracking_project": "mine"})
+    position = 0
     for steps in ((1, 2, 3), (3, 4)):
         made = tracking_of(machine, tmp_path, NAME, "continue", {"seed": 3})
-        log = MetricsLog(path, positions[-1], made)
+        log = MetricsLog(tmp_path / "metrics.jsonl", position, made)
         write(log, *steps[:2])
-        positions.append(log.position)
+        position = log.position
         write(log, *steps[2:])
         log.close()
         assert made.close() == {}
-    found: list[int] = []
-    runs = set()
-    for file in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")):
-        for data in log_records(file.read_bytes()[7:]):
-            record = wandb_internal_pb2.Record.FromString(data)
-            if record.HasField("run"):
-                runs.add((record.run.run_id, record.run.project))
-            if record.HasField("history"):
-                found.append(record.history.step.num)
-    assert sorted(found) == [1, 2, 3, 4]
-    (run,) = runs
-    assert run[0].startswith(NAME)
-    assert run[1] == "mine"
-
-
-def test_trackio_goes_on_with_its_run_and_sends_no_step_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Trackio fixes its folder when it is imported.
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio", reason="the extra 'trackio' is not installed")
-    machine = Machine.model_validate({"tracking": ["trackio"], "tracking_project": "mine"})
-    position = 0
-    for steps in ((1, 2), (2, 3)):
-        made = tracking_of(machine, tmp_path, NAME, "continue", {})
-        log = MetricsLog(tmp_path / "metrics.jsonl", position, made)
-        write(log, steps[0])
-        position = log.position
-        write(log, steps[1])
-        log.close()
-        assert made.close() == {}
-    (run,) = trackio.Api().runs("mine")
-    assert [(one["step"], one["value"]) for one in run.history("train/loss")] == [
-        (1, 0.125),
-        (2, 0.25),
-        (3, 0.375),
-    ]
+    assert library.sent == [(step, step / 8) for step in (1, 2, 3, 4)]
+    assert library.ended == [end] * 2
+    first, again = library.runs
+    assert first == again
+    assert first["name"].startswith(NAME)
+    assert (first["project"], first["config"], first["resume"]) == ("mine", {"seed": 3}, "allow")

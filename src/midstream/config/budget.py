@@ -1,7 +1,7 @@
 """Options of a stage's data: how much of which sources, and the rows made of it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -123,9 +123,12 @@ class _Named(Config):
     def _parts(self) -> "tuple[Share | Amount, ...]":
         raise NotImplementedError
 
-    def _check_distinct(self, names: Sequence[str]) -> None:
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [part.source for part in self._parts]
         if len(set(names)) != len(names):
-            raise ValueError(f"a source is named twice: {list(names)}; name each of them once")
+            raise ValueError(f"a source is named twice: {names}; name each of them once")
+        return self
 
 
 class Mixture(_Named):
@@ -151,7 +154,6 @@ class Mixture(_Named):
 
     @model_validator(mode="after")
     def _whole(self) -> "Mixture":
-        self._check_distinct([share.source for share in self.shares])
         if abs(sum(share.share for share in self.shares) - 1) > 1e-9:
             raise ValueError(f"shares add up to {sum(s.share for s in self.shares)}, not to 1")
         return self
@@ -164,19 +166,9 @@ class Epochs(_Named):
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     epochs: Positive
 
-    @model_validator(mode="after")
-    def _distinct(self) -> "Epochs":
-        self._check_distinct(self.sources)
-        return self
-
     @property
-    def captions(self) -> dict[str, Caption]:
-        """By source: which caption is seen, its own; the sources in the budget's order."""
-        return dict.fromkeys(self.sources, "original")
-
-    @property
-    def _parts(self) -> "tuple[Share | Amount, ...]":
-        return ()
+    def _parts(self) -> "tuple[Amount, ...]":
+        return tuple(Amount(source=name, epochs=self.epochs) for name in self.sources)
 
 
 class Amount(Config):
@@ -211,8 +203,7 @@ class Amounts(_Named):
         return self.amounts
 
     @model_validator(mode="after")
-    def _distinct(self) -> "Amounts":
-        self._check_distinct([amount.source for amount in self.amounts])
+    def _whole(self) -> "Amounts":
         if self.sampling == "replacement" and any(amount.epochs for amount in self.amounts):
             raise ValueError(
                 "epochs are whole passes; with replacement there are none: give tokens"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from midstream.core.decide import CONFIDENCE, quantile
+from midstream.core.stats import CONFIDENCE, quantile
 
 LEAST_SIZES, LEAST_MODELS = 3, 2
 RESAMPLES = 200

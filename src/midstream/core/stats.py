@@ -1,16 +1,256 @@
-"""How sure a mean over examples is: standard errors, intervals, differences of two models.
+"""How sure a mean is, over examples and over seeds; and deciding between places of a study.
 
-Clusters (questions about one picture) are drawn or turned over whole; splits weigh alike.
+Over examples, clusters (questions about one picture) are drawn or turned over whole; splits weigh
+alike. Over seeds: one model of a study's cells, contrasts of them, seeds needed. A cell is a place
+(values of the axes but the repetition's) under one repetition (a seed). Places are fixed,
+repetitions are blocks; what is left is the spread that a difference is judged by.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 
-from midstream.core.decide import CONFIDENCE
+CONFIDENCE = 0.95
+# A difference of this size is found with this probability by the seeds that `detectable` names.
+POWER = 0.8
+# Below this p the places' spreads are not taken as equal, and a contrast is judged by its own.
+UNEQUAL = 0.1
+# Two repetitions can agree to the last digit by chance: their own spread is then zero.
+LEAST_OWN = 3
+
+Verdict = Literal["higher", "lower", "same", "undecided"]
+# By place, which may be anything, and then by repetition.
+Scores = Mapping[Any, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A weighted sum of places' means, and its interval by Student's t.
+
+    `sd` is that of the sum in one repetition; `n` counts the repetitions that have all its places.
+    `low`, `high` are None, and `why` says why, where nothing can be said. `pooled`: the spread is
+    that of all cells of the figure, not of this contrast alone.
+    """
+
+    mean: float
+    n: int
+    sd: float | None = None
+    freedom: int = 0
+    pooled: bool = False
+    why: str = ""
+    # Of the two-sided interval: how many standard errors it reaches to either side.
+    reach: float = math.nan
+    # Of so many places the pair was picked; 2 where it was fixed before.
+    places: int = 2
+
+    @property
+    def stderr(self) -> float | None:
+        """The standard error of `mean`."""
+        return None if self.sd is None or not self.n else self.sd / math.sqrt(self.n)
+
+    @property
+    def low(self) -> float | None:
+        """The interval's lower end."""
+        return None if self.stderr is None else self.mean - self.reach * self.stderr
+
+    @property
+    def high(self) -> float | None:
+        """The interval's upper end."""
+        return None if self.stderr is None else self.mean + self.reach * self.stderr
+
+    def repetitions_for(self, half_width: float) -> int | None:
+        """Stein's number: so many make the interval reach `half_width` at the most, judged by this
+        spread; at least those that there are, None where the spread is unknown.
+
+        Source: C. Stein, A two-sample test for a linear hypothesis whose power is independent of
+        the variance, 1945.
+        """
+        if self.sd is None:
+            return None
+        return max(self.n, math.ceil((self.reach * self.sd / half_width) ** 2))
+
+    def is_within(self, size: float) -> bool:
+        """Whether two one-sided tests, each at 5 %, find the difference smaller than `size`.
+
+        Of a pair that was picked the whole simultaneous interval lies within it.
+        """
+        if self.stderr is None:
+            return False
+        reach = self.reach if self.places > 2 else quantile(CONFIDENCE, self.freedom)
+        reach *= self.stderr
+        return -size < self.mean - reach and self.mean + reach < size
+
+    def verdict(self, size: float) -> Verdict:
+        """higher or lower: the interval leaves zero out; same: within `size`; else undecided."""
+        if self.low is not None and self.high is not None and (self.low > 0 or self.high < 0):
+            return "higher" if self.low > 0 else "lower"
+        return "same" if self.is_within(size) else "undecided"
+
+
+def quantile(share: float, freedom: int) -> float:
+    """Student's t below which `share` of the values lie."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, share))
+
+
+@cache
+def _tukey(places: int, freedom: int) -> float:
+    from scipy.stats import studentized_range
+
+    return float(studentized_range.ppf(CONFIDENCE, places, freedom)) / math.sqrt(2)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The cells of one score in a figure: place plus repetition plus what is left.
+
+    `spread` is the standard deviation of what is left, `freedom` its degrees of freedom;
+    `equal_spread` the p-value of Bartlett's test over the places, None where it cannot be asked.
+    """
+
+    scores: Scores
+    spread: float | None
+    freedom: int
+    equal_spread: float | None
+
+    @property
+    def pools(self) -> bool:
+        """Whether one spread may stand for all places."""
+        return self.equal_spread is None or self.equal_spread >= UNEQUAL
+
+    def contrast(self, weights: Mapping[Any, float], places: int = 2) -> Contrast:
+        """The sum of the places' means by `weights`, over the repetitions that have all of them.
+
+        With `places` above 2 the interval is simultaneous (Tukey's) for all pairs of so many, as
+        where the best one is picked. Raises ValueError unless the weights add up to zero.
+        """
+        if abs(math.fsum(weights.values())) > 1e-9:
+            raise ValueError(f"the weights of a contrast add up to zero, not to {weights}")
+        known = [self.scores.get(place, {}) for place in weights]
+        names = [name for name in known[0] if all(name in each for each in known)]
+        sums = [
+            math.fsum(w * each[name] for w, each in zip(weights.values(), known, strict=True))
+            for name in names
+        ]
+        if not sums:
+            return Contrast(math.nan, 0, why="the places share no repetition")
+        mean = math.fsum(sums) / len(sums)
+        if len(sums) == 1:
+            return Contrast(mean, 1, why="one repetition")
+        size = math.sqrt(math.fsum(w * w for w in weights.values()))
+        own = float(np.std(sums, ddof=1))
+        pooled = self.pools and self.freedom > len(sums) - 1
+        sd, freedom = own, len(sums) - 1
+        if pooled and self.spread is not None:
+            sd, freedom = self.spread * size, self.freedom
+        elif len(sums) < LEAST_OWN:
+            return Contrast(mean, len(sums), why="two repetitions, whose own spread says little")
+        if sd < 1e-12:
+            return Contrast(mean, len(sums), why="a spread of zero")
+        reach = quantile((1 + CONFIDENCE) / 2, freedom)
+        if places > 2:
+            reach = _tukey(places, freedom)
+        return Contrast(mean, len(sums), sd, freedom, pooled, reach=reach, places=places)
+
+
+def fit(scores: Scores) -> Fit:
+    """The model of a figure's cells; cells may be missing.
+
+    `scores`: by place, then by repetition. Raises ValueError where a score is not finite.
+    """
+    cells = [(place, name, value) for place, own in scores.items() for name, value in own.items()]
+    for place, name, value in cells:
+        if not math.isfinite(value):
+            raise ValueError(f"the score at {place} under {name} is {value}; evaluate it again")
+    places = [place for place, own in scores.items() if own]
+    names = list(dict.fromkeys(name for _, name, _ in cells))
+    if not cells:
+        return Fit(scores, None, 0, None)
+    design = np.zeros((len(cells), len(places) + len(names)))
+    for row, (place, name, _) in enumerate(cells):
+        design[row, places.index(place)] = design[row, len(places) + names.index(name)] = 1.0
+    values = np.array([value for *_, value in cells])
+    solution, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    left = values - design @ solution
+    freedom = len(cells) - int(rank)
+    spread = math.sqrt(float(left @ left) / freedom) if freedom > 0 else None
+    by_place = [[x for x, cell in zip(left, cells, strict=True) if cell[0] == p] for p in places]
+    return Fit(scores, spread, freedom, _equal_spread(by_place))
+
+
+def _equal_spread(left: Sequence[Sequence[float]]) -> float | None:
+    from scipy.stats import bartlett
+
+    groups = [group for group in left if len(group) > 2 and np.ptp(group) > 1e-12]
+    return float(bartlett(*groups).pvalue) if len(groups) > 2 else None
+
+
+def trend(places: Sequence[Any]) -> dict[Any, float]:
+    """Weights of the rise from the first to the last place on a line through evenly spaced ones."""
+    middle = (len(places) - 1) / 2
+    squares = sum((at - middle) ** 2 for at in range(len(places)))
+    return {p: (at - middle) / squares * (len(places) - 1) for at, p in enumerate(places)}
+
+
+def detectable(sd: float, n: int, freedom: int) -> float:
+    """The true difference that `n` repetitions find with a power of 80 %.
+
+    `sd`: of the difference in one repetition; `freedom`: of the estimate that will judge it.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import nct
+
+    error, reach = sd / math.sqrt(n), quantile((1 + CONFIDENCE) / 2, freedom)
+    missing = lambda size: float(nct.sf(reach, freedom, size)) - POWER  # noqa: E731
+    return float(brentq(missing, 0.0, 10 * reach)) * error
+
+
+def after_more(first: Contrast, more: Contrast) -> Contrast:
+    """The contrast of all repetitions, judged by the spread of the first, as Stein's design has it.
+
+    Its interval holds at 95 % whatever number the first ones led to.
+    """
+    return replace(first, mean=more.mean, n=more.n)
+
+
+def nested_spread(levels: Sequence[tuple[str, ...]], scores: Sequence[float]) -> list[float]:
+    """How much each level of a chain adds to the spread: standard deviations, outermost first.
+
+    `levels` names, for each score, what was drawn for it, outermost first: ("text run 1",
+    "image-text 3", "fine-tuning 1"); a name counts within the outer ones. Variances are those that
+    make the sums of squares of nested groups, of any sizes, what they are expected to be (Henderson
+    1953, method 1); one below nought is nought. Raises ValueError where a level is never repeated
+    within another, or two scores have the same names.
+    """
+    if len(set(levels)) < len(levels):
+        raise ValueError("two scores have the same draws; name what was drawn anew between them")
+    values, whole = np.asarray(scores, dtype=float), len(levels)
+    inner: list[np.ndarray] = []
+    for depth in range(len(levels[0]) + 1):
+        keys = [level[:depth] for level in levels]
+        names = {key: column for column, key in enumerate(dict.fromkeys(keys))}
+        groups = np.zeros((whole, len(names)))
+        groups[np.arange(whole), [names[key] for key in keys]] = 1.0
+        inner.append(groups)
+    means = [groups / groups.sum(0) @ groups.T for groups in inner]
+    within = [after - before for before, after in pairwise(means)]
+    for depth, gain in enumerate(within):
+        if np.trace(gain) < 0.5:
+            raise ValueError(
+                f"level {depth + 1} of {len(within)} is drawn once within each of the one before; "
+                "draw it at least twice"
+            )
+    expected = [[np.trace(groups.T @ gain @ groups) for groups in inner[1:]] for gain in within]
+    variances = np.linalg.solve(expected, [values @ gain @ values for gain in within])
+    return [math.sqrt(max(0.0, float(variance))) for variance in variances]
+
 
 RESAMPLES = 2000
 # Sign flips of a paired test: p-values are known to a ten-thousandth.

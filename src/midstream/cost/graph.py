@@ -1,7 +1,7 @@
 """The stages of a study as one graph, and those of a store with the kept studies that need them."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,6 @@ from midstream.study.label import digits_of, handle, joined, labels, shortest, w
 from midstream.study.results import RESULTS, checked
 from midstream.study.stages import (
     Evaluate,
-    Imported,
     LoadDecoder,
     LoadEncoder,
     LoadModel,
@@ -102,7 +101,7 @@ class Plan:
     @property
     def model_flops(self) -> tuple[float, float]:
         """Model FLOPs once and for every line alone: what hours follow from."""
-        return _sums(self.rows, lambda row: row.cost.model_flops)
+        return _flops(self.rows, "model_flops")
 
     @property
     def text_given(self) -> tuple[float, float]:
@@ -120,23 +119,14 @@ class Plan:
         return _flops(self.to_run)[0]
 
 
-def _flops(rows: Sequence[PlanRow]) -> tuple[float, float]:
+def _flops(rows: Sequence[PlanRow], of: str = "flops") -> tuple[float, float]:
     """FLOPs of stages once, and for every line alone."""
-    return _sums(rows, lambda row: row.cost.flops)
-
-
-def _sums(
-    rows: Sequence[PlanRow], flops_of: Callable[[PlanRow], float | int | None]
-) -> tuple[float, float]:
-    flops = [(flops_of(row) or 0.0, sum(row.needs.values())) for row in rows]
+    flops = [(getattr(row.cost, of) or 0.0, sum(row.needs.values())) for row in rows]
     return sum((each for each, _ in flops), 0.0), sum((each * uses for each, uses in flops), 0.0)
 
 
 def order(study: AnyStudy) -> tuple[Stage, ...]:
-    """The distinct stages of all lines and baselines, parents first, in the study's order.
-
-    Raises ValueError that names the stages of a cycle.
-    """
+    """The distinct stages of all lines and baselines, parents first, in the study's order."""
     return order_of(*study.results)
 
 
@@ -155,14 +145,13 @@ def missing_inputs(study: AnyStudy) -> tuple[str, ...]:
         match stage:
             case PrepareSource(world=PublicFolder(fingerprint=None) as world):
                 found[f"the data of {world.root}"] = None
-            case LoadDecoder(checkpoint=Imported() as model) if is_lacking(model):
-                found[f"the language model of {how_to_have(model)}"] = None
-            case LoadModel(checkpoint=Imported() as model) if is_lacking(model):
-                found[f"the vision-language model of {how_to_have(model)}"] = None
+            case LoadDecoder() | LoadModel():
+                what = "language" if isinstance(stage, LoadDecoder) else "vision-language"
+                if is_lacking(stage.checkpoint):
+                    found[f"the {what} model of {how_to_have(stage.checkpoint)}"] = None
             case LoadEncoder():
-                for tower in stage.towers:
-                    if is_lacking(tower):
-                        found[f"the encoder of {how_to_have(tower)}"] = None
+                for tower in filter(is_lacking, stage.towers):
+                    found[f"the encoder of {how_to_have(tower)}"] = None
     return tuple(found)
 
 
@@ -192,21 +181,12 @@ def plan(study: AnyStudy, ledger: Ledger, sizes: Sizes = MappingProxyType({})) -
     return Plan(study, rows)
 
 
-def _visit(stage: Stage, found: dict[str, Stage], above: tuple[Stage, ...] = ()) -> None:
-    """Add `stage` behind its parents; a class of a user's own may name any, in a cycle too."""
-    if stage.identity in found:
-        return
-    path = [one.identity for one in above]
-    if stage.identity in path:
-        cycle = [*above[path.index(stage.identity) :], stage]
-        raise ValueError(
-            "a stage waits for itself: "
-            + " needs ".join(one.name for one in cycle)
-            + "; take one of them out of the other's `parents`"
-        )
-    for parent in stage.parents:
-        _visit(parent, found, (*above, stage))
-    found[stage.identity] = stage
+def _visit(stage: Stage, found: dict[str, Stage]) -> None:
+    """Add `stage` behind its parents."""
+    if stage.identity not in found:
+        for parent in stage.parents:
+            _visit(parent, found)
+        found[stage.identity] = stage
 
 
 def _needs(result: Evaluate) -> dict[str, float]:

@@ -144,13 +144,9 @@ def prepared_index(source: PrepareSource) -> Path | None:
 
 def facts_of_results(source: SourceResult) -> Facts:
     """From the results of a source's stage; older ones lack lengths, and maybe targets."""
-    return _facts(
-        source.kind,
-        (source.num_examples, source.num_tokens, source.num_images),
-        source.num_targets,
-        source.distinct_images,
-        source.lengths,
-    )
+    counts = (source.num_examples, source.num_tokens, source.num_images)
+    more = (source.num_targets, source.distinct_images, source.lengths)
+    return _facts(source.kind, counts, *more)
 
 
 def facts_of_text(tokens: int) -> Facts:

@@ -267,15 +267,8 @@ def _plan_of(
         if machine.features != "auto":
             choice = Choice(machine.features, "as the machine says")
     known = [one for one in flops if one is not None]
-    return FeaturePlan(
-        encoder=encoder,
-        config=seen,
-        pictures=pictures,
-        views=views,
-        kept=kept,
-        training_flops=sum(known) if len(known) == len(flops) else None,
-        choice=choice,
-    )
+    whole = sum(known) if len(known) == len(flops) else None
+    return FeaturePlan(encoder, seen, pictures, views, kept, whole, choice)
 
 
 def _count(stages: Sequence[Seeing], patches: int, ledger: Ledger) -> tuple[Number, Number] | None:

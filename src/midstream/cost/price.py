@@ -191,11 +191,8 @@ def _price_of(row: PlanRow, ledger: Ledger, fleet: Fleet) -> StagePrice:
 def _fit(stage: Trained, work: Workload, fleet: Fleet) -> Fit:
     """The fewest GPUs of which each has room for a row, or as many as are asked for."""
     batch = stage.training.rows.batch_rows
-    most = min(batch, fleet.number)
-    numbers = [n for n in range(1, most + 1) if not batch % n]
-    if fleet.per_stage:
-        numbers = [fleet.per_stage]
-    found = None
+    numbers = [n for n in range(1, min(batch, fleet.number) + 1) if not batch % n]
+    numbers, found = [fleet.per_stage] if fleet.per_stage else numbers, None
     for number in numbers:
         if batch % number:
             raise ValueError(
@@ -213,14 +210,11 @@ def _largest(stage: Trained, work: Workload, fleet: Fleet, ranks: int) -> Fit:
     """The largest micro-batch that fits."""
 
     def taken(rows: int) -> Memory:
-        setting = Setting(ranks, rows, fleet.checkpointing)
-        return memory(stage, work, setting)
+        return memory(stage, work, Setting(ranks, rows, fleet.checkpointing))
 
-    # The first number of rows that has no room.
-    high = stage.training.rows.batch_rows // ranks
-    rows = bisect_left(
-        range(1, high + 1), True, key=lambda rows: taken(rows).total > fleet.gpu.room
-    )
+    numbers = range(1, stage.training.rows.batch_rows // ranks + 1)
+    # How many numbers of rows have room.
+    rows = bisect_left(numbers, True, key=lambda rows: taken(rows).total > fleet.gpu.room)
     return Fit(ranks, rows, taken(max(rows, 1)))
 
 
@@ -356,13 +350,10 @@ def sizes_price(study: Study, plan: Plan, hours: Mapping[str, float]) -> SizesPr
     time: dict[str, float | None] = dict(flops)
     for row in plan.to_run:
         users = {name.removeprefix(f"{study.name}: ") for name in row.lines}
-        key = (
-            "shared"
-            if users & own and users & left_out
-            else ("predicted" if users & left_out else "fitted")
-        )
-        if users & (own | left_out):
+        of = (bool(users & own), bool(users & left_out))
+        if any(of):
+            key = {(True, True): "shared", (True, False): "fitted"}.get(of, "predicted")
             flops[key] += row.cost.model_flops or 0.0
-            before, own_hours = time[key], hours.get(row.stage.name)
-            time[key] = None if before is None or own_hours is None else before + own_hours
+            before, here = time[key], hours.get(row.stage.name)
+            time[key] = None if before is None or here is None else before + here
     return SizesPrice(predict, flops, time)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -59,8 +59,7 @@ class Curve:
     start: str = ""
 
 
-@dataclass(frozen=True)
-class _Span:
+class _Span(NamedTuple):
     """Where a stage begins on the axis, its tokens, the rate that it goes on from, where its chain
     leaves the text run, and how."""
 
@@ -81,10 +80,9 @@ def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], 
     spans: dict[str, _Span] = {}
     found: dict[tuple[object, ...], Curve] = {}
     missing: list[str] = []
-    for one in study.studies:
-        if one.text_rates:
-            tokens, rates = zip(*one.text_rates, strict=True)
-            found.setdefault(("given", tokens, rates), Curve("", "given", tokens, rates))
+    for given in filter(None, (one.text_rates for one in study.studies)):
+        tokens, rates = zip(*given, strict=True)
+        found.setdefault(("given", tokens, rates), Curve("", "given", tokens, rates))
     for stage in order(study):
         if not isinstance(stage, Trained):
             continue
@@ -94,10 +92,13 @@ def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], 
             continue
         spans[stage.name] = span
         check_start(stage.training.schedule, span.parent_rate, label(stage))
-        rates = tuple(_rate(stage, span, share / NUM_POINTS) for share in range(NUM_POINTS + 1))
-        tokens = tuple(
-            span.first + share * span.tokens // NUM_POINTS for share in range(NUM_POINTS + 1)
+        points, warm = range(NUM_POINTS + 1), warms_up_moments(stage)
+        how = (span.tokens, span.parent_rate)
+        rates = tuple(
+            stage_rate(stage.training, round(at / NUM_POINTS * span.tokens), *how, warm=warm)
+            for at in points
         )
+        tokens = tuple(span.first + at * span.tokens // NUM_POINTS for at in points)
         curve = Curve(stage.name, stage.kind, tokens, rates, span.leaves, span.start)
         found.setdefault((stage.kind, tokens, rates), curve)
     return list(found.values()), missing
@@ -142,14 +143,11 @@ def rates_figure(
         axes = figure.add_subplot()
         for curve in drawn:
             colour = INK if _is_text(curve) else colours[curve.start]
-            at = [curve.leaves + times * (token - curve.leaves) for token in curve.tokens]
-            if _is_text(curve):
-                at = list(curve.tokens)
+            by = 1 if _is_text(curve) else times
+            at = [curve.leaves + by * (token - curve.leaves) for token in curve.tokens]
             axes.plot(at, curve.rates, color=colour, linestyle=LINES[curve.kind], linewidth=1.6)
-        label = "tokens seen since the first stage"
-        axes.set_xlabel(
-            label if times == 1 else f"tokens; image stages drawn {times} times as long"
-        )
+        stretched = f"tokens; image stages drawn {times} times as long"
+        axes.set_xlabel("tokens seen since the first stage" if times == 1 else stretched)
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -160,14 +158,13 @@ def rates_figure(
 
 
 def _keys(drawn: Sequence[Curve], colours: Mapping[str, str]) -> list[Line2D]:
-    kinds = [kind for kind in LINES if any(curve.kind == kind for curve in drawn)]
+    kinds = {curve.kind for curve in drawn} - {"continue"}
     keys = [Line2D([], [], color=colour, label=start) for start, colour in colours.items()]
-    keys += [
-        Line2D([], [], color=INK, linestyle=LINES[kind], label=NAMES[kind])
-        for kind in kinds
-        if kind != "continue"
+    return keys + [
+        Line2D([], [], color=INK, linestyle=line, label=NAMES[kind])
+        for kind, line in LINES.items()
+        if kind in kinds
     ]
-    return keys
 
 
 def _is_text(curve: Curve) -> bool:
@@ -197,11 +194,6 @@ def _span(stage: Trained, spans: dict[str, _Span], ledger: Ledger | None) -> _Sp
     if parent.kind == "pretrain":
         return _Span(first, tokens, rate, first, f"{100 * completion:.3g} %, {how}")
     return _Span(first, tokens, rate, before.leaves, before.start)
-
-
-def _rate(stage: Trained, span: _Span, share: float) -> float:
-    seen, warm = round(share * span.tokens), warms_up_moments(stage)
-    return stage_rate(stage.training, seen, span.tokens, span.parent_rate, warm=warm)
 
 
 def _position(stage: LoadDecoder | LoadModel) -> tuple[int, int | None, float | None]:

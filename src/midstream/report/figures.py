@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from midstream.report.line_rows import Group, Spread
+from midstream.report.line_rows import Group, kind_of
 from midstream.study.studies import Study, place_name
 
 Place = float | int | str
@@ -177,19 +177,15 @@ class Panel:
 
 def stable_panel(kind: str, baselines: dict[str, float | int | None]) -> Panel:
     """The panel of a stable score, `vision` or `text`; text-only `baselines` only for text."""
-    sees = kind == "vision"
-    blind = "stable.vision_blind" if sees else None
-    beside = {} if sees else baselines
+    blind, beside = ("stable.vision_blind", {}) if kind == "vision" else (None, baselines)
     label = "stable score (points)"
-    return Panel(f"stable.{kind}", TITLES[kind], blind, None, beside, label)
+    return Panel(f"stable.{kind}", TITLES[kind], blind, baselines=beside, y_label=label)
 
 
 def probability_panel(column: str) -> Panel:
     """The panel of a stable score by the probability of right answers."""
-    kind = column.removeprefix("stable.").removesuffix("_prob")
-    label = "probability above chance (points)"
-    title = f"{kind.capitalize()}: probability above chance"
-    return Panel(column, title, None, None, {}, label)
+    kind, label = kind_of(column).capitalize(), "probability above chance"
+    return Panel(column, f"{kind}: {label}", y_label=f"{label} (points)")
 
 
 @dataclass(frozen=True)
@@ -304,22 +300,16 @@ def _draw_curves(axes: Axes, study: Study, groups: Sequence[Group], panel: Panel
         drawn = {"linewidth": 1.6} if scale.numeric else {"linestyle": "none"}
         keys.append(Line2D([], [], label=label, markersize=8, **drawn, **look))
         if panel.blind is not None:
-            seen: list[Any] = [
-                (scale.at[g.x] + shift, g.spreads[panel.blind].mean)
-                for g in own
-                if g.spreads[panel.blind].n
-            ]
+            seen: list[Any] = [(g.x, g.spreads[panel.blind].mean) for g in own]
+            seen = [(scale.at[x] + shift, mean) for x, mean in seen if mean is not None]
             thin: dict[str, Any] = {"color": look["color"], "linewidth": 1.6 if few else 0.8}
             axes.plot([x for x, _ in seen], [y for _, y in seen], "--", **thin)
             blind |= bool(seen)
     if set(about.hollow) & scale.at.keys():
-        hollow: dict[str, Any] = {
-            "marker": "o",
-            "markerfacecolor": PAPER,
-            "color": SERIES[0],
-            "linestyle": "none",
-        }
-        keys.append(Line2D([], [], label="rate warmed up again", markersize=8, **hollow))
+        hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": PAPER, "linestyle": "none"}
+        keys.append(
+            Line2D([], [], label="rate warmed up again", color=SERIES[0], markersize=8, **hollow)
+        )
     if dots:
         keys.append(Line2D([], [], label="one seed", color=MUTED, marker=".", linestyle="none"))
     if blind:
@@ -345,7 +335,7 @@ def _draw_curve(
     *,
     single: bool,
 ) -> None:
-    spreads: list[Spread] = [group.spreads[column] for group in groups]
+    spreads = [group.spreads[column] for group in groups]
     at = [scale.at[group.x] + shift for group in groups]
     means: list[Any] = [spread.mean for spread in spreads]
     # Between names there is nothing that a line could stand for.
@@ -376,11 +366,8 @@ def _draw_baselines(axes: Axes, baselines: dict[str, float | int | None]) -> lis
     keys = []
     for index, (name, score) in enumerate(baselines.items()):
         if score is not None:
-            look: dict[str, Any] = {
-                "color": MUTED,
-                "linestyle": (0, (1, 1 + 1.5 * index)),
-                "linewidth": 1.5,
-            }
+            dots = (0, (1, 1 + 1.5 * index))
+            look: dict[str, Any] = {"color": MUTED, "linestyle": dots, "linewidth": 1.5}
             axes.axhline(score, **look)
             keys.append(Line2D([], [], label=name, **look))
     return keys

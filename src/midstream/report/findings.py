@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from midstream.core.decide import Contrast, nested_spread, trend
+from midstream.core.stats import Contrast, nested_spread, trend
 from midstream.report.line_rows import (
     PROBABILITY,
     STABLE,

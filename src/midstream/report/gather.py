@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from midstream.config import Epochs, Mixture, PocketWorld, PublicFolder, SmallReal
-from midstream.core.decide import fit
+from midstream.core.stats import fit
 from midstream.core.storage import write_bytes
 from midstream.core.tokens import counted, duration, quantity
 from midstream.cost.cost import encoder_parameters

@@ -18,8 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
-from midstream.core.decide import CONFIDENCE
-from midstream.core.stats import mean_by_split, standard_error
+from midstream.core.stats import CONFIDENCE, mean_by_split, standard_error
 from midstream.report.line_rows import Group, best_group, curves_of, tasks_of
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
@@ -68,8 +67,7 @@ class Examples:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._read: dict[tuple[str, str], Found | None] = {}
-        self._means: dict[tuple[tuple[str, ...], str], Found | None] = {}
+        self._read: dict[tuple[str, ...], Found | None] = {}
 
     def gap(self, ones: Sequence[Evaluate], others: Sequence[Evaluate], task: str) -> Gap | None:
         """The mean of `ones` less that of `others`; None unless all answered the same examples."""
@@ -84,10 +82,10 @@ class Examples:
 
     def _mean(self, results: Sequence[Evaluate], task: str) -> Found | None:
         """Each example's score, averaged over repetitions, its picture and split."""
-        place = (tuple(result.identity for result in results), task)
-        if place not in self._means:
-            self._means[place] = self._average([self._answers(r, task) for r in results])
-        return self._means[place]
+        key = ("mean", *(result.identity for result in results), task)
+        if key not in self._read:
+            self._read[key] = self._average([self._answers(result, task) for result in results])
+        return self._read[key]
 
     @staticmethod
     def _average(read: Sequence[Found | None]) -> Found | None:
@@ -104,10 +102,10 @@ class Examples:
         return {key: (fmean(values), *about[key][1:]) for key, values in scores.items()} or None
 
     def _answers(self, result: Evaluate, task: str) -> Found | None:
-        place = (result.identity, task)
-        if place not in self._read:
-            self._read[place] = self._load(result, task)
-        return self._read[place]
+        key = (result.identity, task)
+        if key not in self._read:
+            self._read[key] = self._load(result, task)
+        return self._read[key]
 
     def _load(self, result: Evaluate, task: str) -> Found | None:
         asked = (*result.evaluation.visual_tasks, *result.evaluation.text_tasks)
@@ -128,9 +126,9 @@ class Examples:
 def mean_gap(gaps: Sequence[Gap]) -> Gap:
     """The mean over tasks, whose errors are taken as independent."""
     mean, errors = fmean(gap.mean for gap in gaps), [gap.stderr for gap in gaps]
-    if any(error is None for error in errors):
-        return Gap(mean, None)
-    return Gap(mean, math.sqrt(math.fsum((error or 0.0) ** 2 for error in errors)) / len(errors))
+    known = [error for error in errors if error is not None]
+    whole = math.sqrt(math.fsum(error**2 for error in known)) / len(errors)
+    return Gap(mean, whole if len(known) == len(errors) else None)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from midstream.core.decide import LEAST_OWN, detectable, quantile
+from midstream.core.stats import LEAST_OWN, detectable, quantile
 from midstream.core.tokens import counted
 from midstream.report.findings import claim_sides, column_of, versus
 from midstream.report.line_rows import curves_of, group_rows, kinds_of, line_rows, ranked
-from midstream.report.verdicts import SEED, Comparison, Sides, compare, repetitions_needed
+from midstream.report.verdicts import (
+    SEED,
+    Comparison,
+    Sides,
+    compare,
+    repetitions_needed,
+    split_axes,
+)
 from midstream.study.store import Ledger
 from midstream.study.studies import Claim, Line, Study
 
@@ -68,9 +75,7 @@ def powers(study: Study, ledger: Ledger, spread: float | None = None) -> list[Po
 
 def _design(study: Study, sides: Sides) -> tuple[int, int]:
     """Places that share a comparison's spread, and the repetitions planned on all its sides."""
-    first = sides[0][1]
-    same = {a: v for a, v in first.items() if all(at.get(a) == v for _, at in sides)}
-    varied = [axis for axis in dict.fromkeys(a for _, at in sides for a in at) if axis not in same]
+    same, varied = split_axes(sides)
     lines = [line for line in study.lines if _is_at(line, same.items())]
     places = {tuple(line.axes.get(axis) for axis in varied) for line in lines}
     seeds = [{line.axes.get(SEED) for line in lines if _is_at(line, at.items())} for _, at in sides]
@@ -97,12 +102,9 @@ def hours_each(
     seeds = {seed for seed in seed_of.values() if seed is not None}
     if not seeds:
         return None
-    own = 0.0
-    for stage, lines in users.items():
-        of = {seed_of.get(name) for name in lines}
-        if len(of) == 1 and None not in of:
-            own += hours.get(stage, 0.0)
-    return own / len(seeds)
+    of = {stage: {seed_of.get(name) for name in lines} for stage, lines in users.items()}
+    own = [hours.get(stage, 0.0) for stage, by in of.items() if len(by) == 1 and None not in by]
+    return sum(own, 0.0) / len(seeds)
 
 
 def comparisons(study: Study, ledger: Ledger) -> list[Comparison]:

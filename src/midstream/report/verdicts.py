@@ -1,7 +1,7 @@
 """The comparisons that a study's findings are made of, and how many repetitions would decide them.
 
 A place is the values of all axes but the repetition's. One model is fitted to all cells of a score
-(`core/decide.py`); claims, the best place and trends are contrasts of it. In a study that was run
+(`core/stats.py`); claims, the best place and trends are contrasts of it. In a study that was run
 to decide (`Study.pilot`), the first repetitions alone estimate the spread, whatever came later.
 """
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
-from midstream.core.decide import Contrast, after_more, fit
-from midstream.report.line_rows import STABLE, LineRow, tasks_of
+from midstream.core.stats import Contrast, after_more, fit
+from midstream.report.line_rows import STABLE, LineRow, kind_of, tasks_of
 from midstream.study.studies import Study
 
 SEED = "seed"
@@ -52,9 +52,7 @@ def compare(
     those that differ is part of the place. `places`: of so many the best was picked, and the
     interval is simultaneous for all pairs. None where no repetition is on every side.
     """
-    first = sides[0][1]
-    same = {a: v for a, v in first.items() if all(at.get(a) == v for _, at in sides)}
-    varied = list(dict.fromkeys(axis for _, at in sides for axis in at if axis not in same))
+    same, varied = split_axes(sides)
     lines = [r for r in rows if r.role == "line" and all(r.at(a) == v for a, v in same.items())]
     if not lines:
         return None
@@ -99,6 +97,12 @@ def compare(
     )
 
 
+def split_axes(sides: Sides) -> tuple[dict[str, Any], list[str]]:
+    """The axes that all sides fix alike, with their values, and those that differ between them."""
+    same = {a: v for a, v in sides[0][1].items() if all(at.get(a) == v for _, at in sides)}
+    return same, list(dict.fromkeys(axis for _, at in sides for axis in at if axis not in same))
+
+
 def repetitions_needed(comparisons: Sequence[Comparison], half_width: float) -> dict[Place, int]:
     """By place, the repetitions with which every comparison that has it is that narrow.
 
@@ -108,9 +112,8 @@ def repetitions_needed(comparisons: Sequence[Comparison], half_width: float) -> 
     for one in comparisons:
         number = one.contrast.repetitions_for(half_width)
         if number is None:
-            at = "; ".join(
-                ", ".join(f"{axis} {value}" for axis, value in place) for place in one.places
-            )
+            told = [", ".join(f"{axis} {value}" for axis, value in place) for place in one.places]
+            at = "; ".join(told)
             raise ValueError(
                 f"the first repetitions of {at} say nothing about the spread ({one.contrast.why}); "
                 "run one more seed first, with --set seeds=[...]"
@@ -125,18 +128,17 @@ def failures(study: Study, rows: Sequence[LineRow], column: str) -> set[str]:
     kinds = dict(tasks_of(study))
     tasks = [column.partition(".")[0].partition(":")[0]]
     if column in STABLE:
-        kind = column.split(".")[1].split("_")[0]
-        tasks = [task for task, its_kind in kinds.items() if its_kind == kind]
+        tasks = [task for task, kind in kinds.items() if kind == kind_of(column)]
     found: set[str] = set()
     for task in tasks:
-        by_place: dict[Place, list[tuple[str, float]]] = {}
+        by_place: dict[Place, dict[str, float]] = {}
         for row in rows:
-            learnt = _learnt(row, task)
-            if learnt is not None:
-                by_place.setdefault(_place(row, [SEED]), []).append((row.name, learnt))
+            if (learnt := _learnt(row, task)) is not None:
+                place = tuple(item for item in row.axes.items() if item[0] != SEED)
+                by_place.setdefault(place, {})[row.name] = learnt
         for members in by_place.values():
-            for name, learnt in members:
-                siblings = [other for who, other in members if who != name]
+            for name, learnt in members.items():
+                siblings = [other for who, other in members.items() if who != name]
                 if siblings and study.failure.is_one(learnt, median(siblings)):
                     found.add(name)
     return found
@@ -172,10 +174,6 @@ def _is_tied(study: Study, axis: str, varied: Sequence[str], same: Mapping[str, 
 
 def _place_at(at: Mapping[str, Any], axes: Sequence[str]) -> Place:
     return tuple((axis, at.get(axis)) for axis in axes)
-
-
-def _place(row: LineRow, without: Sequence[str]) -> Place:
-    return tuple((axis, value) for axis, value in row.axes.items() if axis not in without)
 
 
 # By the places of the other axes, the lines there.

@@ -126,18 +126,14 @@ class Tracking:
 
 
 def _row(values: Mapping[str, Any], prefix: str, at: float) -> TrackedRow:
-    numbers = _numbers(values, prefix)
-    for source, measured in values.get("held_out", {}).items():
-        numbers |= _numbers(measured, f"held_out/{source}")
-    return TrackedRow(int(values["step"]), numbers, at)
-
-
-def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    return {
-        f"{prefix}/{key}": float(value)
-        for key, value in values.items()
+    held_out = {f"held_out/{name}": one for name, one in values.get("held_out", {}).items()}
+    numbers = {
+        f"{group}/{key}": float(value)
+        for group, held in ({prefix: values} | held_out).items()
+        for key, value in held.items()
         if key != "step" and isinstance(value, int | float)
     }
+    return TrackedRow(int(values["step"]), numbers, at)
 
 
 class MetricsLog:
@@ -383,9 +379,14 @@ class Record:
 
     def next_rows(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
         """The micro-batches of the next step; None behind the last one."""
+        with self.guard(), self._clock.part("data", on_device=True):
+            return next(steps, None)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Where the block fails, the held step is written down first."""
         try:
-            with self._clock.part("data", on_device=True):
-                return next(steps, None)
+            yield
         except Exception:
             self.write()
             raise
