@@ -309,23 +309,24 @@ TextGiven = str | Mapping[str, float | int] | None
 _DCLM, _CODE, _MATHS = 0.92, 0.065, 0.015
 TEXT_RUN: TextMixture = (("dclm", _DCLM), ("starcoder", _CODE), ("proofpile", _MATHS))
 IMAGE_TEXT: TextMixture = (("dclm", _DCLM), ("starcoder", _CODE), ("mathpile", _MATHS))
-PRIVATE = "Shutterstock"
 # K: tokens of the text run's data as the records tokenised it.
 _TEXT_TOKENS = 4_172_903_282_931
 
 
-def caption_sets(datacomp_dr: Caption) -> dict[str, CaptionSet]:
-    """The caption sets of Table 4 by their names there.
+def caption_sets(datacomp_dr: Caption, inputs: Path | None) -> dict[str, CaptionSet]:
+    """The caption sets of Table 4 by their names there, the private one where it is at hand alone.
 
     DataComp-DR has five synthetic captions a picture and no text of its own (K); which of them the
     paper saw is U. The others have the texts that their pictures came with (I).
     """
-    return {
+    found = {
         "DataComp": CaptionSet("datacomp"),
         DATACOMP_DR: CaptionSet("datacompdr", datacomp_dr),
         "CC12M": CaptionSet("cc12m"),
-        PRIVATE: CaptionSet("shutterstock"),
     }
+    if inputs is not None and (inputs / "data" / "captions" / "shutterstock").is_dir():
+        found["Shutterstock"] = CaptionSet("shutterstock")
+    return found
 
 
 def text_mixture_of(given: TextGiven) -> TextMixture | None:

@@ -27,9 +27,7 @@ from midstream.recipes.lines import (
     COMPLETIONS,
     END_RATE,
     IMAGE_TEXT,
-    PRIVATE,
     TEXT_RUN,
-    CaptionSet,
     Encoder,
     Scale,
     TextMixture,
@@ -277,7 +275,7 @@ def scale_of(
         data=data,
         text=text,
         encoders=encoders,
-        captions=_captions(asked),
+        captions=caption_sets(asked.caption, inputs),
         text_sources=asked.text_mixture or IMAGE_TEXT,
         instruct_source="llava",
         interleaved="obelics",
@@ -318,15 +316,6 @@ def _choices(asked: Asked) -> tuple[str, ...]:
         f"is {seen}.",
         f"Shares of the image-text stage are of {shares}.",
     )
-
-
-def _captions(asked: Asked) -> dict[str, CaptionSet]:
-    """Table 4's caption sets, the private one where it is at hand alone."""
-    found = caption_sets(asked.caption)
-    private = found[PRIVATE].source
-    if asked.inputs is None or not (asked.inputs / "data" / "captions" / private).is_dir():
-        del found[PRIVATE]
-    return found
 
 
 def _tower(inputs: Path | None, name: str) -> Imported:
