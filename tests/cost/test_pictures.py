@@ -302,11 +302,12 @@ def test_the_folder_stands_for_weights_and_configuration_alone(
         finish(ledger, stage, {"weights_digest": weights})
         return feature_folder(ledger, stage).relative_to(ledger.store)
 
-    assert folder_of() == folder_of(steps=11)
+    here = folder_of()
+    assert folder_of(steps=11) == here
     changes = ("feature_dtype", "int8"), ("feature_layer", -1), ("resize", "crop")
     others = [folder_of(**{name: value}) for name, value in changes]
     others += [folder_of("abd"), folder_of(pixel_mean=(0.1, 0.5, 0.5))]
-    assert len({folder_of(), *others}) == 6
+    assert len({here, *others}) == 6
 
 
 @pytest.mark.parametrize("num_images", [1, 3, 5])

@@ -55,10 +55,6 @@ def sizes(
     axis = {n: float(f"{at.decoder.num_parameters / 1e6:.4g}") for n, at in found.items()}
     top = str(predict) if predict is not None else max(axis, key=axis.__getitem__)
     _check(axis, top, seeds)
-    points = [
-        (name, onset, share, seed)
-        for name, onset, share, seed in product(found, onsets, shares, seeds)
-    ]
     lines = tuple(
         _held_out(
             line(
@@ -69,7 +65,7 @@ def sizes(
                 share=percent(share),
             )
         )
-        for name, onset, share, seed in points
+        for name, onset, share, seed in product(found, onsets, shares, seeds)
     )
     first = next(iter(found.values()))
     return Study(

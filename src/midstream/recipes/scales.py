@@ -137,22 +137,19 @@ def _is_there(one: Imported) -> bool:
 
 def _decoder(name: str, records: dict[float, ImportRecord]) -> AnyDecoderConfig:
     """The model that all imported checkpoints are of; as published where none is there."""
-    known = {share: record.config for share, record in records.items()}
-    for share, config in known.items():
-        first, other = next(iter(known.items()))
-        if isinstance(config, EncoderConfig):
+    decoder: AnyDecoderConfig | None = None
+    for share, record in records.items():
+        if isinstance(record.config, EncoderConfig):
             raise ValueError(
                 f"the checkpoint at {share:.0%} is a vision encoder, no language model"
             )
-        if config != other:
+        decoder = decoder or record.config
+        if record.config != decoder:
             raise ValueError(
-                f"the checkpoints at {first:.0%} and {share:.0%} are of two models; import "
+                f"the checkpoints at {min(records):.0%} and {share:.0%} are of two models; import "
                 "revisions of one, with the same --add-token and --pad-vocab-to"
             )
-    for config in known.values():
-        assert not isinstance(config, EncoderConfig), "refused above"
-        return config
-    return PUBLIC_MODELS[name].decoder
+    return decoder or PUBLIC_MODELS[name].decoder
 
 
 SIZES = ("pocket", *(size for size in DECODERS if size != "7b"))

@@ -113,7 +113,7 @@ def _budgets(name: str, stages: list[Stage]) -> str:
 
 
 def _range(values: Sequence[float | int]) -> str:
-    ends = [quantity(end) for end in (min(values), max(values))]
+    ends = [quantity(end) for end in (min(values), max(values))] if values else ["none"]
     return " to ".join(dict.fromkeys(ends))
 
 
