@@ -54,12 +54,6 @@ def expected(names: list[str], length: int) -> list[bool]:
     return flags + [False] * (length - len(flags))
 
 
-def test_the_prefix_of_each_layout_ends_where_its_first_target_is_foretold() -> None:
-    for name, (marks, _) in LAYOUTS.items():
-        for length in (len(marks), len(marks) + 3):
-            assert prefix_of([marks], length=length) == [expected([name], length)], name
-
-
 @given(st.lists(st.lists(st.sampled_from(sorted(LAYOUTS)), max_size=5), min_size=1, max_size=3))
 @settings(max_examples=50, deadline=None)
 def test_segments_have_their_own_prefixes_whatever_stands_beside_them(
@@ -73,10 +67,3 @@ def test_segments_have_their_own_prefixes_whatever_stands_beside_them(
 def test_joined_rows_are_one_segment_with_its_first_token_as_prefix() -> None:
     # The end of a document predicts the beginning of the next one.
     assert prefix_of(["tttttttt"], ["ttttt."], length=8) == [[True] + [False] * 7] * 2
-
-
-def test_a_prefix_holds_no_token_that_one_of_its_positions_predicts() -> None:
-    for marks, _ in LAYOUTS.values():
-        (flags,) = prefix_of([marks], length=len(marks))
-        inside = [t for t, flag in enumerate(flags) if flag]
-        assert not any(marks[t] == "t" and t + 1 in inside for t in inside)

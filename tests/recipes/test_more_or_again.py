@@ -1,14 +1,14 @@
 """Pools × tokens: what moves, what is held fixed, and the ledger of a small run."""
 
 import csv
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 import tiny
-from midstream.recipes.pools import MAX_PASSES, MULTIPLES, more_or_again
+from midstream.recipes.pools import MAX_PASSES, more_or_again
 from midstream.report.gather import gather
 from midstream.report.page import summary_text, write_facts
 from midstream.study.results import TrainingResult
@@ -16,33 +16,6 @@ from midstream.study.store import Ledger
 from midstream.work.open_model import open_sources
 
 POOLS = (2_500, 5_000, 10_000)
-
-
-def test_lines_differ_in_pool_tokens_and_seed_alone() -> None:
-    study = more_or_again(seeds=(7, 365))
-    places = [(line.axes["pool"], line.axes["tokens"]) for line in study.lines]
-    assert places == [place for place in product(POOLS, MULTIPLES) for _ in range(2)]
-    alike = set()
-    for line in study.lines:
-        stage = line.result.of.start
-        budget = stage.training.budget
-        assert budget.pools == {"pictures": line.axes["pool"]}
-        assert budget.total_tokens == 2_100_000 * float(line.axes["tokens"])
-        whole = budget.model_copy(
-            update={
-                "total_tokens": 1,
-                "shares": tuple(one.model_copy(update={"pool": None}) for one in budget.shares),
-            }
-        )
-        training = stage.training.model_copy(update={"budget": whole, "seed": 0})
-        alike.add(stage.model_copy(update={"training": training}).identity)
-    assert len(alike) == 1
-    for claim in study.claims:
-        assert claim.higher in [
-            {"pool": POOLS[-1], "tokens": MULTIPLES[-1]},
-            {"pool": POOLS[0], "tokens": MULTIPLES[-1]},
-        ]
-        assert claim.lower != claim.higher
 
 
 @pytest.mark.parametrize("scale", ["11m", "1b", "pythia-410m"])

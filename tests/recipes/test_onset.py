@@ -6,7 +6,7 @@ import pytest
 
 from midstream.config import Mixture
 from midstream.config.training import rate_at
-from midstream.recipes.onset import KIMI, onset_by_share
+from midstream.recipes.onset import onset_by_share
 from midstream.study.stages import Continue, ContinueFrom, Pretrain
 from midstream.study.studies import Line
 
@@ -24,17 +24,6 @@ def before(stage: Continue) -> tuple[Pretrain, int] | None:
         return None
     run = stage.start.stage
     return run, round(run.training.budget.total_tokens * stage.start.completion)
-
-
-def test_every_onset_sees_the_same_tokens_of_captions_and_of_all() -> None:
-    totals, captions = set(), set()
-    for line in onset_by_share().lines:
-        stage, budget, _ = parts(line)
-        text = before(stage)
-        totals.add((0 if text is None else text[1]) + budget.total_tokens)
-        shares = {share.source: share.share for share in budget.shares}
-        captions.add(round(shares["pictures"] * budget.total_tokens))
-    assert (totals, captions) == ({1_200_000}, {120_000})
 
 
 def test_the_rate_after_every_token_is_the_same_at_every_onset() -> None:
@@ -57,16 +46,6 @@ def test_the_rate_after_every_token_is_the_same_at_every_onset() -> None:
     assert max(found[0]) > 5 * found[0][-1], "the rate falls at the end"
 
 
-def test_adams_moments_and_the_rows_go_on_over_the_onset() -> None:
-    for line in onset_by_share(seeds=(7,)).lines:
-        stage, _, onset = parts(line)
-        if isinstance(stage.start, ContinueFrom):
-            assert onset > 0
-            assert stage.start.optimizer == "carry"
-            assert stage.start.stage.training.rows == stage.training.rows
-            assert stage.start.stage.training.optimizer == stage.training.optimizer
-
-
 @pytest.mark.parametrize(
     ("given", "what"),
     [
@@ -80,7 +59,3 @@ def test_adams_moments_and_the_rows_go_on_over_the_onset() -> None:
 def test_what_would_not_hold_things_fixed_is_refused(given: dict[str, Any], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         onset_by_share(**given)
-
-
-def test_the_printed_points_have_a_tenth_of_all_tokens_with_pictures() -> None:
-    assert {round((1 - onset) * share, 9) for onset, share in KIMI} == {0.1}

@@ -1,13 +1,11 @@
 """The paper's experiments: counted as by hand, with its settings, at every scale."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from midstream.cli.catalogue import find_study
-from midstream.config import WarmupCosine
 from midstream.config.training import rate_at
 from midstream.cost.graph import missing_inputs, order, plan
 from midstream.recipes import paper
@@ -80,16 +78,6 @@ def test_a_study_without_inputs_says_what_it_lacks() -> None:
     assert missing_inputs(paper.figure_4(scale="pocket")) == ()
 
 
-def test_only_0_and_100_percent_warm_up_again() -> None:
-    study = paper.figure_4(scale="79m")
-    warmed = {
-        line.axes["text_completion"]
-        for line in study.lines
-        if isinstance(line.result.of.start.training.schedule, WarmupCosine)
-    }
-    assert warmed == {0.0, 100.0} == set(study.figure.hollow)
-
-
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
 def test_the_trained_text_run_at_1b_passes_near_the_recorded_rates(share: float) -> None:
     text = find_scale("1b", text="trained").text
@@ -99,15 +87,6 @@ def test_the_trained_text_run_at_1b_passes_near_the_recorded_rates(share: float)
     here = rate_at(text.training.schedule, round(share * total), total)
     # The records' checkpoints lie at 19.7, 40.4, 60.2 and 80.1 %.
     assert here == pytest.approx(given[share].planned_rate, rel=0.012)
-
-
-@pytest.mark.parametrize("make", [paper.figure_5, paper.figure_6])
-def test_shares_of_captions_leave_the_rest_to_text(make: Callable[..., Study]) -> None:
-    for line in make(scale="79m").lines:
-        budget = line.result.of.start.training.budget
-        shares = {share.source: share.share for share in budget.shares}
-        assert shares.get("datacompdr", 0.0) == pytest.approx(line.axes["image_share"] / 100)  # type: ignore[operator]
-        assert sum(shares.values()) == pytest.approx(1.0)
 
 
 def test_a_suite_refuses_two_studies_of_one_name() -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from midstream.config import (
-    Mixture,
     Resampler,
 )
 from midstream.cost.graph import plan
@@ -33,40 +32,6 @@ def chain(scale: Scale, recipe: Recipe) -> list[Continue | Finetune]:
         before = came_from(stage)
         stage = before[0] if before else None
     return found[::-1]
-
-
-def test_every_recipe_with_an_image_text_stage_sees_as_many_image_text_tokens(
-    pocket: Scale,
-) -> None:
-    for name in ("BLIP3", "DeepSeek-VL", "Qwen-VL", "PaliGemma", "Ours"):
-        budgets = [
-            stage.training.budget.total_tokens
-            for stage in chain(pocket, BY_NAME[name])
-            if isinstance(stage.training.budget, Mixture)
-        ]
-        assert sum(budgets) == pocket.image_text_tokens, name
-
-
-@pytest.mark.parametrize("name", ["Qwen-VL", "PaliGemma"])
-def test_a_second_stage_and_all_behind_it_see_pictures_of_twice_the_side(
-    pocket: Scale, name: str
-) -> None:
-    first, second, *_, chat = chain(pocket, BY_NAME[name])
-    small, *large = (stage.model.encoder for stage in (first, second))
-    assert small.position_size is None
-    for encoder in large:
-        assert encoder.image_size == encoder.position_size == 2 * small.image_size
-        assert encoder.num_patches == 4 * small.num_patches
-    # As much text has room beside a conversation's pictures, in rows of a multiple of 64 positions;
-    # as many queries look at the larger pictures as at the smaller ones.
-    each = 0 if name == "Qwen-VL" else 27
-    positions = each * pocket.most_pictures
-    last = [(chat, pocket.finetune_rows)] if name == "Qwen-VL" else []
-    for stage, rows in ((second, pocket.rows), *last):
-        more = stage.training.rows.row_length - rows.row_length
-        assert positions <= more < positions + 64
-        assert more % 64 == 0
-    assert second.model.image_tokens == first.model.image_tokens + each
 
 
 def test_paligemma_sees_three_sizes_where_the_largest_has_no_more_patches_than_its_own(

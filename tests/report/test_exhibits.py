@@ -258,16 +258,6 @@ def test_the_summary_quotes_the_ledger_and_how_it_was_made(filled: Ledger) -> No
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_changed_result_changes_the_summary(filled: Ledger) -> None:
-    study = suite().studies[0]
-    before = summary_text([gather(study, filled)], "t", "c")
-    made.finish(filled, study.lines[0].result, made.results(0.87654))
-    after = summary_text([gather(study, filled)], "t", "c")
-    assert "54.8 ± " not in before
-    assert "54.8 ± " in after
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_the_command_reports_a_suite_and_a_study_of_it_and_writes_the_summary(
     filled: Ledger, tmp_path: Path
 ) -> None:
