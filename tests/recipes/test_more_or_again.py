@@ -15,8 +15,6 @@ from midstream.study.results import TrainingResult
 from midstream.study.store import Ledger
 from midstream.work.open_model import open_sources
 
-POOLS = (2_500, 5_000, 10_000)
-
 
 @pytest.mark.parametrize("scale", ["11m", "1b", "pythia-410m"])
 @pytest.mark.parametrize("rows", ["filled", "paper"])
