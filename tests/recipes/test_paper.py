@@ -12,17 +12,13 @@ from midstream.recipes import paper
 from midstream.recipes.paper.suites import AUTHORS_LATER_RUNS, AUTHORS_RUNS, AuthorsRun
 from midstream.recipes.pocket import MILESTONES, when_images_arrive
 from midstream.recipes.scales import SIZES, find_scale
-from midstream.study.stages import Continue, LoadDecoder, Pretrain
+from midstream.study.stages import LoadDecoder, Pretrain
 from midstream.study.store import Ledger
-from midstream.study.studies import AnyStudy, Study, Suite
+from midstream.study.studies import AnyStudy, Suite
 
 
 def kinds(study: AnyStudy) -> Counter[str]:
     return Counter(stage.kind for stage in order(study))
-
-
-def continued(study: Study) -> list[Continue]:
-    return [stage for stage in order(study) if isinstance(stage, Continue)]
 
 
 def test_the_papers_sections_are_114_lines_on_24_image_text_stages() -> None:
