@@ -5,7 +5,6 @@ from midstream.config.model import (
     VLMConfig,
     attention_flops,
     encoder_flops,
-    frozen_saving,
     head_flops,
     patch_flops,
     weight_flops,
@@ -64,7 +63,8 @@ def model_flops(
     forward = weight_flops(decoder) * positions + head_flops(decoder) * texts
     total = 3 * (forward + attention_flops(decoder) * attended)
     if not trains_decoder:
-        total -= frozen_saving(decoder, positions, texts)
+        # The gradients of its weights; attention has none, and its backward pass stays.
+        total -= forward
     if encoder is None:
         return total
     connector, untaken = connecting_flops(model, images)

@@ -394,14 +394,6 @@ def head_flops(config: AnyDecoderConfig) -> float:
     return 2.0 * config.hidden_size * config.vocab_size
 
 
-def frozen_saving(config: AnyDecoderConfig, positions: float | int, asked: float | int) -> float:
-    """What training saves where the decoder is frozen: the gradients of its weights.
-
-    `asked`: positions with logits. Attention has no weights; its backward pass stays.
-    """
-    return weight_flops(config) * positions + head_flops(config) * asked
-
-
 def patch_flops(config: AnyEncoderConfig) -> float:
     """Forward FLOPs of one image's patches as the encoder takes them in."""
     if isinstance(config, FusedEncoder):

@@ -130,14 +130,18 @@ def cost(
     work = work_of(stage, ledger, device)
     if work is None:
         return StageCost(_stated_tokens(stage.training), None, parameters)
-    return StageCost(
-        tokens=work.tokens,
-        parts=training_flops(stage, work),
-        parameters=parameters,
-        basis=work.basis,
-        needed=needed_flops(stage, work),
-        work=work,
+    needed = model_flops(
+        stage.model,
+        positions=work.tokens,
+        texts=work.tokens - work.images * stage.model.image_tokens,
+        attended=work.attended,
+        images=work.images,
+        encoded=work.images,
+        trains_encoder=trains_encoder(stage),
+        trains_decoder=not stage.training.keeps_decoder,
     )
+    parts = training_flops(stage, work)
+    return StageCost(work.tokens, parts, parameters, work.basis, needed, work)
 
 
 def work_of(stage: Trained, ledger: Ledger | None, device: Device = "cuda") -> Workload | None:
@@ -253,20 +257,6 @@ def training_flops(stage: Trained, work: Workload) -> Flops:
         seeing = looks * (work.images if model.owns_encoder else work.encoded)
         connector -= untaken
     return Flops(decoder=blocks, head=head, encoder=seeing, projector=connector)
-
-
-def needed_flops(stage: Trained, work: Workload) -> Number:
-    """The model FLOPs of a training stage; a frozen encoder looks at every picture anew."""
-    return model_flops(
-        stage.model,
-        positions=work.tokens,
-        texts=work.tokens - work.images * stage.model.image_tokens,
-        attended=work.attended,
-        images=work.images,
-        encoded=work.images,
-        trains_encoder=trains_encoder(stage),
-        trains_decoder=not stage.training.keeps_decoder,
-    )
 
 
 def _stated_tokens(training: Training) -> int | None:

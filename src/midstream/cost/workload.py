@@ -103,7 +103,11 @@ def workload(
     whole = any(sources[name].kind != "text" for name in parts)
     if not any(part.tokens for part in parts.values()) or (whole and rows.layout == "joined"):
         return None
-    share = min(1.0, max(SAMPLE_ROWS, 2 * rows.batch_rows) / _expected_rows(parts, sources, rows))
+    expected = sum(part.tokens for part in parts.values()) / length
+    if rows.layout == "padded":
+        apart = (part.examples for name, part in parts.items() if sources[name].kind != "text")
+        expected = max(expected, sum(apart))
+    share = min(1.0, max(SAMPLE_ROWS, 2 * rows.batch_rows) / expected)
     laid = _laid_out(
         tuple(
             (name, sources[name], max(1, round(share * min(sources[name].examples, part.examples))))
@@ -169,12 +173,6 @@ def _learnt(source: Facts, rows: Rows) -> float:
         # Joined documents predict each other's beginning.
         return 1.0
     return source.targets / max(source.tokens, 1)
-
-
-def _expected_rows(parts: Mapping[str, Taken], sources: Mapping[str, Facts], rows: Rows) -> float:
-    tokens = sum(part.tokens for part in parts.values()) / rows.row_length
-    whole = sum(part.examples for name, part in parts.items() if sources[name].kind != "text")
-    return max(tokens, whole) if rows.layout == "padded" else tokens
 
 
 def _smaller(budget: Budget, share: float) -> Budget:

@@ -195,7 +195,8 @@ def words(recipe: Recipe, shots: int | None = SHOTS) -> dict[str, str]:
     """A recipe's stages, what each trains, its mixtures and schedules and how it is asked, as the
     table's columns."""
     seen, chat = recipe.image_text, recipe.instruct
-    stages = [f"text {recipe.completion:.0%}", *map(_stage_words, seen)]
+    stages = [f"text {recipe.completion:.0%}"]
+    stages += ["image-text" + f" on {one.side:g} x the side" * (one.side != 1) for one in seen]
     learns = [_parts(recipe, stage.encoder_rate, stage.trains_decoder) for stage in seen]
     how = [_SCHEDULES[stage.schedule] for stage in seen]
     if chat is not None:
@@ -235,10 +236,6 @@ _SCHEDULES = {
     "plateau": "warmed up again, held",
     "continue": "continued",
 }
-
-
-def _stage_words(stage: ImageText) -> str:
-    return "image-text" if stage.side == 1.0 else f"image-text on {stage.side:g} x the side"
 
 
 def _parts(recipe: Recipe, encoder_rate: float | None, decoder: bool) -> str:
