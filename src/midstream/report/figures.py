@@ -177,8 +177,8 @@ class Panel:
 
 def stable_panel(kind: str, baselines: dict[str, float | int | None]) -> Panel:
     """The panel of a stable score, `vision` or `text`; text-only `baselines` only for text."""
-    blind, beside = ("stable.vision_blind", {}) if kind == "vision" else (None, baselines)
-    label = "stable score (points)"
+    sees, label = kind == "vision", "stable score (points)"
+    blind, beside = "stable.vision_blind" if sees else None, {} if sees else baselines
     return Panel(f"stable.{kind}", TITLES[kind], blind, baselines=beside, y_label=label)
 
 

@@ -127,8 +127,9 @@ def train(
     steps = _load(job, machine, place, progress)
     watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
     how: dict[str, Any] = {"encode": job.encode, "place": place}
-    by, at = {"settings": training.optimizer, "clock": clock}, partial(watch.at, kind="step")
-    take = partial(train_step, job.model, optimizer, **by, **how)
+    step_how = how | {"settings": training.optimizer, "clock": clock}
+    take = partial(train_step, job.model, optimizer, **step_how)
+    at = partial(watch.at, kind="step")
     measure = partial(evaluate, job.model, job.held_out, machine=machine, at=at, **how)
     record = Record(log, clock, report, progress, rows=(training.rows.batch_rows, len(plan)))
     held_out: dict[str, Any] | None = None
