@@ -126,11 +126,10 @@ def train(
     keeper = _Keeper(job, optimizer, saver, machine.keep_checkpoints, progress)
     steps = _load(job, machine, place, progress)
     watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
-    how: dict[str, Any] = {"encode": job.encode, "place": place}
-    step_how = how | {"settings": training.optimizer, "clock": clock}
-    take = partial(train_step, job.model, optimizer, **step_how)
+    by: dict[str, Any] = {"encode": job.encode, "place": place}
+    take = partial(train_step, job.model, optimizer, settings=training.optimizer, clock=clock, **by)
     at = partial(watch.at, kind="step")
-    measure = partial(evaluate, job.model, job.held_out, machine=machine, at=at, **how)
+    measure = partial(evaluate, job.model, job.held_out, machine=machine, at=at, **by)
     record = Record(log, clock, report, progress, rows=(training.rows.batch_rows, len(plan)))
     held_out: dict[str, Any] | None = None
     job.model.train()
