@@ -1,12 +1,10 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from midstream.cli.catalogue import find_study
 from midstream.config import Budget, Epochs, Training
 from midstream.core.tokens import counted
 from midstream.cost.graph import order
-from midstream.study.label import MARK, joined, label, labels, shortest, wrapped
+from midstream.study.label import MARK, label, labels, shortest
 from midstream.study.stages import (
     Continue,
     Evaluate,
@@ -153,12 +151,3 @@ def test_one_of_a_thing_is_said_in_the_singular() -> None:
         "1,024 seeds",
     ]
     assert counted(2, "entry", "entries") == "2 entries"
-
-
-@given(
-    st.lists(st.text("abc %", min_size=1, max_size=40), min_size=1, max_size=4), st.integers(12, 60)
-)
-def test_a_wrapped_label_keeps_its_width_and_its_whole_handle(parts: list[str], width: int) -> None:
-    lines = wrapped(joined(", ".join(parts), "0123456"), width).split("\n")
-    assert all(len(line.rstrip(",")) <= width for line in lines)
-    assert lines[-1].endswith("0123456")

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 # A plan of more stages than this is printed by kind.
 MAX_PLAN_ROWS = 48
-# Columns that a table's numbers take, and that a stage's name is given at least.
-NUMBERS_WIDTH, LEAST_LABEL_WIDTH = 54, 24
 DAY = 24.0
 # What a plan ends with that has something wrong in it; what this machine lacks is none of that.
 WRONG_EXIT_CODE = 2
@@ -176,8 +174,7 @@ def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger"
 
     stages = [row.stage for row in plan.rows]
     by_kind = len(plan.rows) > MAX_PLAN_ROWS
-    room = max(console.width - NUMBERS_WIDTH, LEAST_LABEL_WIDTH)
-    console.print(_kinds_table(priced) if by_kind else _stages_table(priced, plan.labels, room))
+    console.print(_kinds_table(priced) if by_kind else _stages_table(priced, plan.labels))
     for line in [
         *_totals(plan),
         *pictures_seen(stages, ledger),
@@ -190,20 +187,18 @@ def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger"
 
 def _table(first: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, overflow="fold")
     for column in ("state", "lines", "tokens", "FLOPs", "GPU-h", "GiB"):
         table.add_column(column, no_wrap=True)
     return table
 
 
-def _stages_table(priced: "Price", labels: Mapping[str, str], room: int) -> Table:
-    from midstream.study.label import wrapped
-
+def _stages_table(priced: "Price", labels: Mapping[str, str]) -> Table:
     table = _table("stage")
     for stage in priced.stages:
         row = stage.row
         table.add_row(
-            escape(wrapped(labels[row.stage.name], room)),
+            escape(labels[row.stage.name]),
             row.state,
             str(len(row.lines)),
             quantity(row.cost.tokens),

@@ -3,6 +3,7 @@
 import json
 import time
 import tomllib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -417,7 +418,7 @@ def logs(
         typer.echo(json.dumps(line))
     log = StageLog(ledger, found)
     typer.echo(log.describe())
-    for text in log.tail(lines):
+    for text in deque(log.more(), maxlen=lines):
         typer.echo(text)
     if not follow:
         return
