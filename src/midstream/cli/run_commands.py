@@ -184,21 +184,24 @@ def run_and_tell(
     from midstream.cli.catalogue import keep_asked
     from midstream.core.storage import can_write
     from midstream.cost.graph import order
-    from midstream.cost.graph import plan as plan_study
     from midstream.launch import local, terminal
     from midstream.launch.slurm import run_on_slurm
     from midstream.study.label import labels
+    from midstream.study.results import StageResult
 
     terminal.tell_older(ledger)
-    memory = terminal.PeakMemory()
-    console = terminal.out()
-    with terminal.progress(console, labels(order(study))) as show:
+    console, stages = terminal.out(), {stage.name: stage for stage in order(study)}
+    # By worker: the most that a stage of its took.
+    peaks: dict[int, int] = {}
+    with terminal.progress(console, labels(list(stages.values()))) as show:
 
         def on_event(event: dict[str, Any]) -> None:
             """Keep what the launcher tells, and show it."""
             if event["event"] == "plan" and asked is not None:
                 keep_asked(ledger, asked, study)
-            memory.note(event)
+            elif event["event"] == "finished" and event["state"] == "done":
+                took = ledger.result(stages[event["stage"]], StageResult).peak_memory_bytes
+                peaks[event["worker"]] = max(peaks.get(event["worker"], 0), took)
             show(event)
 
         if slurm is None:
@@ -235,7 +238,7 @@ def run_and_tell(
         if outcome.interrupted:
             terminal.error("stopped; the same command continues where it was")
         raise typer.Exit(outcome.exit_code)
-    return memory.total_bytes(plan_study(study, ledger), ledger)
+    return sum(peaks.values())
 
 
 def slurm_settings(

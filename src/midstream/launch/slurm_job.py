@@ -371,8 +371,7 @@ class _Run:
 
         self.job, self.stage, self.ledger = job, stage, ledger
         self.place = submitit.JobEnvironment()
-        self.is_first = self.place.node == 0
-        self.files = job_folder(job.store, stage.name)
+        self.is_first, self.files = self.place.node == 0, job_folder(job.store, stage.name)
         self.events = self.files / "events.jsonl"
         self.inbox: SimpleQueue[tuple[Worker | None, Event]] = SimpleQueue()
         self.is_stopping = False
