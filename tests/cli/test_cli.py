@@ -11,7 +11,8 @@ from rich.console import Console
 
 from inputs import midstream
 from midstream import __version__
-from midstream.cli import catalogue, plan_command
+from midstream.cli import catalogue, plan_command, run_commands
+from midstream.config import Machine
 from midstream.core.tokens import counted, quantity
 from midstream.cost.graph import order, plan, unneeded
 from midstream.launch import local, terminal
@@ -442,17 +443,21 @@ def test_in_a_terminal_progress_is_bars_and_failures_stay(monkeypatch: pytest.Mo
 
 
 def test_peak_memory_is_the_sum_of_the_largest_stage_of_each_worker(
-    file: Path, store: Path
+    file: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = catalogue.find_study(f"{file}:study", [])
-    ledger, memory = Ledger(store), terminal.PeakMemory()
-    for number, stage in enumerate(order(study)):
-        with ledger.open_stage(stage) as work:
-            facts = {**FACTS, "num_tokens": 5, "num_images": 0}
-            work.finish({**facts, "peak_memory_bytes": (10, 10, 10, 300, 20)[number]})
-        worker = (1, 1, 1, 1, 2)[number]
-        memory.note({"event": "finished", "state": "done", "stage": stage.name, "worker": worker})
-    assert memory.total_bytes(plan(study, ledger), ledger) == 320
+    study, ledger = catalogue.find_study(f"{file}:study", []), Ledger(store)
+
+    def run(*given: Any, **options: Any) -> Outcome:
+        takes = zip(order(study), (10, 10, 10, 300, 20), (1, 1, 1, 1, 2), strict=True)
+        for stage, took, worker in takes:
+            with ledger.open_stage(stage) as work:
+                work.finish({"seconds": 1.0, "peak_memory_bytes": took})
+            told = {"event": "finished", "state": "done", "stage": stage.name, "worker": worker}
+            given[3](told | {"log": "w"})
+        return Outcome(num_before=0, num_done=5)
+
+    monkeypatch.setattr(local, "run", run)
+    assert run_commands.run_and_tell(study, ledger, Machine(), {}) == 320
 
 
 @pytest.mark.parametrize(

@@ -105,49 +105,31 @@ def _evaluate_one(name: str, request: EvaluateRequest, channel: Channel) -> dict
     folder = request.out / f"{stem}-{digest(about)[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            return _results(name, request, (answerer, data, evaluation), folder, about, channel)
+        held = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"{folder} is being written by another evaluation; wait until it ends, or give another "
             "--out"
         ) from None
-
-
-def _results(
-    name: str,
-    request: EvaluateRequest,
-    asked: tuple[Answerer, Path, Evaluation],
-    folder: Path,
-    about: dict[str, Any],
-    channel: Channel,
-) -> dict[str, Any]:
-    answerer, data, evaluation = asked
-    answers = KeptAnswers(
-        answerer,
-        folder / "answers",
-        at_once=evaluation.batch_size * BATCHES_AT_ONCE,
-        settings=str(evaluation.max_new_tokens),
-        should_stop=lambda: channel.stopping,
-    )
-    # Whatever folder a task's result lies in, the same question has the same answer.
-    done = earlier_tasks(sorted(request.out.glob("*")))
-    results = evaluate(
-        answers,
-        evaluation,
-        data,
-        folder,
-        lambda share, note: channel.progress(name, share, note),
-        done=done,
-    )
-    row = {**results, "about": about}
-    path = folder / "results.json"
-    if results_of(path) != row:
-        write_json(path, row)
-    remove_folder(folder / "answers")
+    with held:
+        answers = KeptAnswers(
+            answerer,
+            folder / "answers",
+            at_once=evaluation.batch_size * BATCHES_AT_ONCE,
+            settings=str(evaluation.max_new_tokens),
+            should_stop=lambda: channel.stopping,
+        )
+        # Whatever folder a task's result lies in, the same question has the same answer.
+        done = earlier_tasks(sorted(request.out.glob("*")))
+        note = partial(channel.progress, name)
+        row = evaluate(answers, evaluation, data, folder, note, done=done) | {"about": about}
+        path = folder / "results.json"
+        if results_of(path) != row:
+            write_json(path, row)
+        remove_folder(folder / "answers")
     kept = [
         f"{task} (of {time.strftime('%Y-%m-%d %H:%M', time.localtime(when))})"
-        for task, found in results["tasks"].items()
+        for task, found in row["tasks"].items()
         if found["key"] in done
         for when in [done[found["key"]].predictions.stat().st_mtime]
     ]
