@@ -2,7 +2,6 @@ import pytest
 
 from midstream.cli.catalogue import find_study
 from midstream.config import Budget, Epochs, Training
-from midstream.core.tokens import counted
 from midstream.cost.graph import order
 from midstream.study.label import MARK, label, labels, shortest
 from midstream.study.stages import (
@@ -141,13 +140,3 @@ def test_a_handle_grows_until_it_is_no_other_stages() -> None:
     assert shortest(["0123456aa", "0123456ab", "fff"]) == 9
     assert shortest(["0123456aa", "f"]) == 7
     assert shortest([]) == 7
-
-
-def test_one_of_a_thing_is_said_in_the_singular() -> None:
-    assert [counted(number, "seed") for number in (0, 1, 2, 1024)] == [
-        "0 seeds",
-        "1 seed",
-        "2 seeds",
-        "1,024 seeds",
-    ]
-    assert counted(2, "entry", "entries") == "2 entries"

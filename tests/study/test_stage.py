@@ -36,7 +36,16 @@ def test_every_kind_of_stage_keeps_its_identity_through_json(make_study: MakeStu
         "finetune",
         "evaluate",
     }
-    for stage in stages:
+    chat = next(stage for stage in stages if isinstance(stage, Finetune))
+    seen = chat.start
+    assert isinstance(seen, Continue)
+    assert isinstance(seen.start, ContinueFrom)
+    high = seen.training.model_copy(update={"schedule": WarmupCosine(peak_rate=1e-3)})
+    second = Continue(**{**dict(seen), "start": InitFrom(stage=seen), "training": high})
+    straight = StartText(stage=seen.start.stage, completion=0.2, encoder=seen.encoder)
+    others = [second, *(Finetune(start=one, training=chat.training) for one in (second, straight))]
+    assert len({stage.identity for stage in (*stages, *others)}) == len(stages) + 3
+    for stage in (*stages, *others):
         read = stage_from_json(stage.model_dump_json())
         assert type(read) is type(stage)
         assert read.identity == stage.identity
@@ -126,22 +135,6 @@ def test_stages_of_another_kind_are_refused_where_they_do_not_fit(make_study: Ma
         Evaluate(of=result.of.data, evaluation=result.evaluation)
     with pytest.raises(ValidationError):
         stage_from_json('{"kind": "distil"}')
-
-
-def test_new_ways_to_start_keep_their_identity_through_json(make_study: MakeStudy) -> None:
-    chat = make_study().lines[0].result.of
-    assert isinstance(chat, Finetune)
-    seen = chat.start
-    assert isinstance(seen, Continue)
-    assert isinstance(seen.start, ContinueFrom)
-    high = seen.training.model_copy(update={"schedule": WarmupCosine(peak_rate=1e-3)})
-    second = Continue(**{**dict(seen), "start": InitFrom(stage=seen), "training": high})
-    straight = StartText(stage=seen.start.stage, completion=0.2, encoder=seen.encoder)
-    for stage in (second, Finetune(start=second, training=chat.training)):
-        assert stage_from_json(stage.model_dump_json()).identity == stage.identity
-    direct = Finetune(start=straight, training=chat.training)
-    assert stage_from_json(direct.model_dump_json()).identity == direct.identity
-    assert len({seen.identity, second.identity, direct.identity, chat.identity}) == 4
 
 
 def test_an_imported_model_has_no_milestone_to_fine_tune(make_study: MakeStudy) -> None:

@@ -95,21 +95,15 @@ def test_what_was_measured_on_a_gpu_is_taken_there_and_for_that_size_alone(
     assert choices.place_for(tiny.TEXT, chosen, place).compile_blocks
 
 
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        (2, r"micro-batches of 2 rows do not .*of memory\); give --machine micro_batch_rows=1, or"),
-        (1, r"micro-batches of 1 rows do not .*; give --machine activation_checkpointing=blocks"),
-    ],
-)
 def test_a_step_that_does_not_fit_is_named_with_what_would_make_it_fit(
-    tiny_ledger: Ledger, tmp_path: Path, rows: int, said: str, monkeypatch: pytest.MonkeyPatch
+    tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_given: object, **_options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
 
     monkeypatch.setattr(loop, "train_step", full)
-    machine = tiny.MACHINE.model_copy(update={"micro_batch_rows": rows})
+    machine = tiny.MACHINE.model_copy(update={"micro_batch_rows": 2})
+    said = r"micro-batches of 2 rows do not .*of memory\); give --machine micro_batch_rows=1, or"
     with pytest.raises(RuntimeError, match=said):
         tiny.runner(tiny.store_with(tiny_ledger, tmp_path, tiny.DATA), machine=machine).run(
             tiny.TEXT
@@ -254,5 +248,6 @@ def test_a_step_that_does_not_fit_is_told_rows_that_change_it(
     machine = Machine(ranks=ranks, micro_batch_rows=asked)
     said = str(choices.too_large(tiny.TEXT, machine, torch.OutOfMemoryError("Full. More")))
     assert f"micro-batches of {tiny.ROWS.batch_rows // ranks} rows do not fit" in said
+    assert "give --machine activation_checkpointing=blocks" in said or told is not None
     assert ("micro_batch_rows=" in said) == (told is not None)
     assert told is None or f"micro_batch_rows={told}," in said
