@@ -151,14 +151,10 @@ def scalars(ledger: Ledger, stage: Stage) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(one.step, one.value) for one in found.Scalars(tag)] for tag in tags}
 
 
-def own_store(tiny_ledger: Ledger, folder: Path) -> Ledger:
-    return tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
-
-
 def test_a_tracked_stage_gives_the_bits_of_one_that_is_not_tracked(
     tiny_ledger: Ledger, tmp_path: Path
 ) -> None:
-    plain, tracked = (own_store(tiny_ledger, tmp_path / name) for name in ("plain", "tracked"))
+    plain, tracked = (tiny.begun(tiny_ledger, tmp_path / name) for name in ("plain", "tracked"))
     tiny.runner(plain).run(tiny.SEEN)
     tiny.runner(tracked, machine=TRACKED).run(tiny.SEEN)
     assert tiny.bits(tracked, tiny.SEEN) == tiny.bits(plain, tiny.SEEN)
@@ -178,7 +174,7 @@ def test_a_tracked_stage_gives_the_bits_of_one_that_is_not_tracked(
 def test_a_stage_that_was_stopped_goes_on_in_the_same_series(
     tiny_ledger: Ledger, tmp_path: Path
 ) -> None:
-    mine = own_store(tiny_ledger, tmp_path)
+    mine = tiny.begun(tiny_ledger, tmp_path)
     asked = iter([False, False, True])
     with pytest.raises(Stopped):
         tiny.runner(mine, machine=TRACKED, should_stop=lambda: next(asked)).run(tiny.SEEN)
@@ -194,7 +190,7 @@ def test_a_tracker_that_fails_is_in_the_results_and_changes_nothing_else(
     def broken(self: TensorBoard, rows: Any) -> None:
         raise OSError("the network is gone")
 
-    plain, tracked = (own_store(tiny_ledger, tmp_path / name) for name in ("plain", "tracked"))
+    plain, tracked = (tiny.begun(tiny_ledger, tmp_path / name) for name in ("plain", "tracked"))
     tiny.runner(plain).run(tiny.SEEN)
     monkeypatch.setattr(TensorBoard, "send", broken)
     tiny.runner(tracked, machine=TRACKED).run(tiny.SEEN)
@@ -225,7 +221,7 @@ def test_a_stage_keeps_its_progress_while_it_runs_and_takes_it_away_when_it_is_d
     tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "NOTE_SECONDS", 0.0)
-    mine = own_store(tiny_ledger, tmp_path)
+    mine = tiny.begun(tiny_ledger, tmp_path)
     folder = mine.folder(tiny.SEEN)
     stops = iter([False, True])
     with pytest.raises(Stopped):
@@ -235,7 +231,7 @@ def test_a_stage_keeps_its_progress_while_it_runs_and_takes_it_away_when_it_is_d
     assert 0 < kept["done"] < 1
     tiny.runner(mine).run(tiny.SEEN)
     assert not (folder / "progress.json").exists()
-    plain = own_store(tiny_ledger, tmp_path / "plain")
+    plain = tiny.begun(tiny_ledger, tmp_path / "plain")
     monkeypatch.undo()
     tiny.runner(plain).run(tiny.SEEN)
     assert tiny.bits(mine, tiny.SEEN) == tiny.bits(plain, tiny.SEEN)

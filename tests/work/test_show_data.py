@@ -37,8 +37,8 @@ from midstream.data.sources import Kind, Source
 from midstream.study.label import label
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
-from midstream.study.studies import Figure, Line, Study
 from midstream.work.show_data import KINDS, Piece, Shown, Span, pieces_of, print_row, print_stats
+from own_studies import study_of
 
 PATCHES, SIZE = 4, 12
 TEXTS = [f"Text {n}: {'the river is wide, ' * (n % 9)}and it ends." for n in range(40)]
@@ -332,13 +332,6 @@ def test_a_pool_and_how_often_its_pictures_come_are_told_before_anything_runs(
     assert "5 epochs, pool 3" in text
     assert "pics: 3 pictures, 5.00 views each: 3 seen 5 times" in text
     assert "web: " not in text
-
-
-def study_of(*results: Evaluate) -> Study:
-    lines = tuple(
-        Line(name=f"line {number}", axes={}, result=result) for number, result in enumerate(results)
-    )
-    return Study(name="tiny", question="?", lines=lines, figure=Figure(x="x", x_label="x"))
 
 
 def test_a_stage_is_chosen_by_kind_or_by_how_its_name_begins() -> None:
