@@ -115,14 +115,6 @@ def test_a_study_of_another_version_hides_none_of_the_others(ledger: Ledger) -> 
     assert result.exit_code == 0, result.output
 
 
-def test_a_suite_is_shown_as_one(ledger: Ledger) -> None:
-    suite = Suite(name="all", question="?", studies=(STUDY,))
-    ledger.save_study(suite)
-    result = midstream("status", "all", "--store", ledger.store)
-    assert result.exit_code == 0, result.output
-    assert "0 of 10 stages done" in result.stdout
-
-
 @pytest.mark.parametrize("options", [(), ("--json",), ("--watch",), ("--watch", "--json")])
 def test_a_store_that_may_only_be_read_is_watched(
     ledger: Ledger, held: ExitStack, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

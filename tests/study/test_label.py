@@ -86,31 +86,22 @@ def test_stages_of_the_same_words_are_told_apart_by_the_shares_that_differ() -> 
     assert found[other.name] == label(other)
 
 
-def test_stages_are_told_apart_by_their_pools() -> None:
+def test_stages_are_told_apart_by_their_pools_and_one_without_the_source_sees_none_of_it() -> None:
     whole = mixture(8_000, pictures=0.5, web=0.5)
     pictures, web = whole.shares
-    small = whole.model_copy(update={"shares": (pictures.model_copy(update={"pool": 1_250}), web)})
-    stages = [image_run(budget=budget) for budget in (whole, small)]
-    assert [text.rpartition(MARK)[0] for text in labels(stages).values()] == [
-        "image-text, text 40 %, all of pictures, seed 0",
-        "image-text, text 40 %, 1,250 of pictures, seed 0",
-    ]
-
-
-def test_a_stage_without_a_source_is_not_told_to_see_all_of_it() -> None:
-    seeing = mixture(8_000, pictures=0.5, web=0.5)
-    pictures, web = seeing.shares
-    pools = [
-        seeing.model_copy(update={"shares": (pictures.model_copy(update={"pool": n}), web)})
+    small, large = (
+        whole.model_copy(update={"shares": (pictures.model_copy(update={"pool": n}), web)})
         for n in (1_250, 2_500)
-    ]
-    budgets = [*pools, mixture(8_000, talks=0.5, web=0.5)]
-    found = labels([image_run(budget=budget) for budget in budgets])
-    assert [text.rpartition(MARK)[0] for text in found.values()] == [
-        "image-text, text 40 %, 1,250 of pictures, seed 0",
-        "image-text, text 40 %, 2,500 of pictures, seed 0",
-        "image-text, text 40 %, no pictures, seed 0",
-    ]
+    )
+    without = mixture(8_000, talks=0.5, web=0.5)
+    for budgets, said in (
+        ((whole, small), ("all of", "1,250 of")),
+        ((small, large, without), ("1,250 of", "2,500 of", "no")),
+    ):
+        found = labels([image_run(budget=budget) for budget in budgets])
+        assert [text.rpartition(MARK)[0] for text in found.values()] == [
+            f"image-text, text 40 %, {one} pictures, seed 0" for one in said
+        ]
 
 
 def test_what_a_stage_descends_from_tells_it_apart_where_it_is_itself_the_same() -> None:

@@ -12,7 +12,6 @@ from midstream.core import storage
 from midstream.core.storage import read_json
 from midstream.cost.graph import order
 from midstream.study import store as ledger_module
-from midstream.study.lease import is_held
 from midstream.study.stages import PrepareWorld, Stage, stage_from_json
 from midstream.study.store import Ledger, Stopped, launch_lock
 from midstream.study.studies import Study, Suite
@@ -329,12 +328,3 @@ def test_a_second_launcher_is_refused_and_leaves_the_store_as_it_was(ledger: Led
         assert _files(ledger.store) == before
     with launch_lock(ledger.store):
         pass
-
-
-def test_asking_whether_a_lock_is_held_neither_takes_nor_makes_it(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    assert not is_held(path)
-    assert not path.exists()
-    with launch_lock(tmp_path):
-        assert is_held(tmp_path / "launch.lock")
-    assert not is_held(tmp_path / "launch.lock")
