@@ -298,7 +298,7 @@ def test_a_finished_study_has_nothing_to_do(
     ledger = Ledger(store)
     assert ledger.study_names() == ["mine"]
     assert not unneeded(ledger)
-    assert catalogue.last_study(f"{file}:study", ledger, []).study.name == "mine"
+    assert catalogue.last_study(f"{file}:study", ledger, [])[0].name == "mine"
     # No markup of a terminal's.
     result = midstream("run", f"{file}:study", "--set", "name=a [red] b", "--store", store)
     assert "stages of a [red] b are done" in result.stdout

@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
@@ -59,16 +58,9 @@ def find_study(
     return study
 
 
-@dataclass(frozen=True)
-class LastStudy:
-    """A study, and what is to be said of how it was found: `note` is None where all was clear."""
-
-    study: AnyStudy
-    note: str | None = None
-
-
-def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
-    """The study last run in the store under this name, else the recipe's.
+def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> tuple[AnyStudy, str | None]:
+    """The study last run in the store under this name, else the recipe's; and what is to be said of
+    how it was found, if anything.
 
     A name is what `run` was given, that of a stored study, or of one within a stored suite; the
     scale at its end may be left out. `settings` ask for the recipe with these arguments. Raises as
@@ -78,17 +70,17 @@ def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
     asked = _asked(ledger).get(_asked_as(name))
     if found := [other for other in kept if other == asked or _answers(other, name)]:
         note = _choice(name, found) or _changed(name, ledger, found[0])
-        return LastStudy(ledger.load_study(found[0]), note)
+        return ledger.load_study(found[0]), note
     parts = [study for other in kept for study in _parts(ledger, other)]
     if within := [study for study in parts if _answers(study.name, name)]:
-        return LastStudy(within[0], _choice(name, [study.name for study in within]))
+        return within[0], _choice(name, [study.name for study in within])
     if ".py" not in name and name not in (known := catalogue()):
         stored = ledger.study_names()
         raise ValueError(
             f"no study {name!r}; {_nearest(name, [*stored, *known])}store {ledger.store} holds "
             f"{', '.join(stored) or 'none'}, and there are the recipes {', '.join(known)}"
         )
-    return LastStudy(find_study(name, settings, ledger))
+    return find_study(name, settings, ledger), None
 
 
 def _parts(ledger: Ledger, name: str) -> tuple[Study, ...]:

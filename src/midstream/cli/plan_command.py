@@ -101,7 +101,8 @@ def plan(
     if as_json:
         values = {"features": [one.values() for one in kept], "price": price_json(priced, work)}
         values |= {"this_machine": here.values(), "ladders": [asdict(one) for one in ladders]}
-        values["decides"] = [_power_json(one) for one in _powers(found, ledger, spread)]
+        powers = _powers(found, ledger, spread)
+        values["decides"] = [asdict(one) | {"claim": one.claim.model_dump()} for one in powers]
         values["problems"] = [asdict(problem) for problem in found_wrong]
         typer.echo(json.dumps(plan_json(work) | values, indent=2))
     else:
@@ -362,10 +363,6 @@ def _powers(study: "AnyStudy", ledger: "Ledger", spread: float | None) -> list["
     return [one for each in study.studies for one in powers(each, ledger, known)]
 
 
-def _power_json(one: "Power") -> dict[str, Any]:
-    return asdict(one) | {"claim": one.claim.model_dump()}
-
-
 def _decides(
     plan: "Plan", fleet: "Fleet", hours: Mapping[str, float], found: Sequence["Power"]
 ) -> list[str]:
@@ -416,17 +413,8 @@ def _here(found: "Measured") -> list[str]:
 
 def _memory_line(name: str, fit: "Fit", room: float | int) -> str:
     found = fit.memory
-    parts = (
-        "weights",
-        "moments",
-        "gradients",
-        "gathered",
-        "masks",
-        "activations",
-        "head",
-        "encoder",
-    )
-    told = ", ".join(f"{part} {_gib(getattr(found, part))}" for part in parts)
+    parts = "weights moments gradients gathered masks activations head encoder"
+    told = ", ".join(f"{part} {_gib(getattr(found, part))}" for part in parts.split())
     return (
         f"memory: at most {_gib(found.total)} GiB of {_gib(room)} on each GPU ({name}, GPUs: "
         f"{fit.gpus}, micro-batches of up to {fit.micro_rows} rows): {told}"

@@ -320,16 +320,16 @@ def status(
     boards: list[Board] = []
     for name in names:
         try:
-            found = last_study(name, ledger, with_scale(settings, scale))
+            found, note = last_study(name, ledger, with_scale(settings, scale))
         except ValueError as reason:
             # One of several that another version wrote hides none of the others.
             if study is not None or (name == names[-1] and not boards):
                 raise
             typer.echo(f"left out: {reason}", err=True)
             continue
-        if found.note is not None:
-            typer.echo(found.note, err=True)
-        boards.append(Board(found.study, ledger))
+        if note is not None:
+            typer.echo(note, err=True)
+        boards.append(Board(found, ledger))
     if watch:
         try:
             _watch(boards, every, as_json, time.sleep)

@@ -33,7 +33,7 @@ from midstream.cost.price import Fleet, price
 from midstream.cost.questions import NOTE, Sizes, noted, requests_of
 from midstream.launch.check_data import Problem, data_problems, merged
 from midstream.launch.workers import Event, ask, worker_environment
-from midstream.study.imported import ImportRecord, read_import, what_can_run
+from midstream.study.imported import ImportRecord, read_planned, what_can_run
 from midstream.study.label import label
 from midstream.study.stages import (
     PLANNED,
@@ -313,15 +313,9 @@ def _record(imported: Imported) -> ImportRecord | str | None:
     if imported.content.startswith(PLANNED):
         return None
     try:
-        record = read_import(imported.folder)
+        return read_planned(imported)
     except (FileNotFoundError, ValueError) as reason:
         return str(reason)
-    if record.content != imported.content:
-        return (
-            f"{imported.folder} holds {record.content}, the plan was made with {imported.content}; "
-            "plan again, or import the same checkpoint again"
-        )
-    return record
 
 
 def _differences(wanted: Config, record: ImportRecord) -> str:

@@ -262,7 +262,7 @@ class JobBook:
 
 
 def require_no_jobs(store: Path) -> tuple[()]:
-    """No jobs; raises ValueError if some of this store, or source, are in Slurm's queue, or may be."""
+    """No names; raises ValueError if jobs of this store, or source, are, or may be, in the queue."""
     book = JobBook.of(store)
     if not book.entries:
         return ()

@@ -179,20 +179,13 @@ def _open_model(name: str, request: EvaluateRequest) -> tuple[Answerer, Path]:
     path, data = Path(name), request.data
     options = {key: request.evaluation[key] for key in ("max_new_tokens", "batch_size")}
     if _is_stage(path):
-        from midstream.eval.predict import ModelAnswerer
+        from midstream.work.evaluate_stage import answerer_of
         from midstream.work.open_model import open_model, world_root
 
         opened = open_model(path, device)
         if data is None:
             data = world_root(opened.stage.data, opened.ledger)
-        answerer = ModelAnswerer(
-            opened.vlm,
-            opened.codec,
-            encode=opened.encode if opened.encoder is not None else None,
-            encoder=opened.stage.model.encoder,
-            **options,
-        )
-        return answerer, data
+        return answerer_of(opened, **options), data
     if data is None:
         raise ValueError(f"{name} is no stage of a store: say with --data what it is asked about")
     from midstream.eval.transformers_answerer import TransformersAnswerer
