@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -24,7 +23,7 @@ from midstream import recipes
 from midstream.core.identity import kept_digests
 from midstream.core.storage import read_json, write_json
 from midstream.cost.graph import order
-from midstream.study.label import MARK, digits_of, labels
+from midstream.study.label import MARK, digits_of, labels, nearest
 from midstream.study.stages import Pretrain, Stage, Trained, stage_from_json
 from midstream.study.store import Ledger
 from midstream.study.studies import AnyStudy, Study, Suite
@@ -77,7 +76,7 @@ def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> tuple[AnyS
     if ".py" not in name and name not in (known := catalogue()):
         stored = ledger.study_names()
         raise ValueError(
-            f"no study {name!r}; {_nearest(name, [*stored, *known])}store {ledger.store} holds "
+            f"no study {name!r}; {nearest(name, [*stored, *known])}store {ledger.store} holds "
             f"{', '.join(stored) or 'none'}, and there are the recipes {', '.join(known)}"
         )
     return find_study(name, settings, ledger), None
@@ -103,12 +102,6 @@ def _choice(name: str, found: Sequence[str]) -> str | None:
     first, *others = dict.fromkeys(found)
     text = f"{name}: {first} was run last and is shown; there is also {', '.join(others)}"
     return text if others else None
-
-
-def _nearest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
-    """The hint at the known name that a person may have meant, if there is one."""
-    near = get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def keep_asked(ledger: Ledger, name: str, study: AnyStudy) -> None:
@@ -158,7 +151,7 @@ def _from_catalogue(name: str) -> Recipe:
     known = catalogue()
     if name not in known:
         raise ValueError(
-            f"no study {name!r}; {_nearest(name, list(known))}there are {', '.join(known)}, or "
+            f"no study {name!r}; {nearest(name, list(known))}there are {', '.join(known)}, or "
             "give your own as path/to/file.py:function"
         )
     return known[name]
@@ -229,7 +222,7 @@ def _from_file(name: str, path: Path) -> Recipe:
         has = f"it has {', '.join(known) or 'none that is annotated to return a Study'}"
         if not colon:
             raise ValueError(f"name a function of {path}: {path}:{(known or ['study'])[0]}; {has}")
-        raise ValueError(f"{path} has no function {function!r}; {_nearest(function, known)}{has}")
+        raise ValueError(f"{path} has no function {function!r}; {nearest(function, known)}{has}")
     return cast(Recipe, recipe)
 
 
@@ -249,7 +242,7 @@ def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, 
     for key, text in _pairs("--set", settings).items():
         if key not in known:
             takes = ", ".join(known) or "no arguments"
-            near = _nearest(key, list(known))
+            near = nearest(key, list(known))
             raise ValueError(f"{name} has no argument {key!r}; {near}it takes {takes}")
         arguments[key] = _annotated(name, key, text, known[key].annotation)
     needed = [
@@ -425,7 +418,7 @@ def stored_name(ledger: Ledger, wanted: str) -> str:
     if not found:
         raise ValueError(
             f"no stage of {ledger.store} begins with {wanted!r}; "
-            f"{_nearest(wanted, names, 0.3)}see midstream store ls"
+            f"{nearest(wanted, names, 0.3)}see midstream store ls"
         )
     return found[0]
 

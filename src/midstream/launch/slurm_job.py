@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 from midstream.config import Machine, SlurmResources
 from midstream.core.storage import append_line, read_json, write_json
 from midstream.launch.workers import STOPPED_EXIT_CODE, Event, Worker, event_of, write_work
-from midstream.study.label import label
+from midstream.study.label import label, nearest
 from midstream.study.lease import STALE_SECONDS, is_held
 from midstream.study.stages import Stage, stage_from_json
 from midstream.study.store import Ledger
@@ -133,11 +132,9 @@ def require_slurm(asked: Iterable[SlurmResources]) -> None:
                 )
             if name not in minutes and name != DEFAULT:
                 known = sorted(minutes.keys() - {DEFAULT})
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(
-                    f"Slurm has no partition {name!r}; {hint}it has {', '.join(known)}: choose one "
-                    "with --slurm-set partition=NAME"
+                    f"Slurm has no partition {name!r}; {nearest(name, known)}it has "
+                    f"{', '.join(known)}: choose one with --slurm-set partition=NAME"
                 )
 
 
@@ -262,7 +259,7 @@ class JobBook:
 
 
 def require_no_jobs(store: Path) -> tuple[()]:
-    """No names; raises ValueError if jobs of this store, or source, are, or may be, in the queue."""
+    """No names; ValueError if jobs of this store, or source, are in Slurm's queue, or may be."""
     book = JobBook.of(store)
     if not book.entries:
         return ()

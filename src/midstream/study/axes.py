@@ -5,12 +5,12 @@ A field is the stage's kind and its path: `continue.training.schedule.end_rate`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from typing import Any
 
 from pydantic import BaseModel
 
+from midstream.study.label import nearest
 from midstream.study.stages import DataStage, Evaluate, Prepare, Stage, StageBase
 from midstream.study.studies import Axis as Value
 from midstream.study.studies import Line, line_name
@@ -64,8 +64,7 @@ def with_field(result: Evaluate, field: str, value: Any) -> Evaluate:
     kind, _, path = field.partition(".")
     kinds = _kinds(result)
     if kind not in kinds or not path:
-        near = get_close_matches(kind, kinds, n=1)
-        hint = f"did you mean {near[0]!r}? " if near and kind not in kinds else ""
+        hint = "" if kind in kinds else nearest(kind, kinds)
         raise ValueError(
             f"axis over {field!r}: a field begins with a kind of stage and a dot; {hint}this model "
             f"has {', '.join(kinds)}"
@@ -124,11 +123,9 @@ def _with_path(
     name, rest = path[0], path[1:]
     known = type(model).model_fields
     if name not in values:
-        near = get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"axis over {field!r}: {type(model).__name__} has no field {name!r}{hint} "
-            f"fields: {', '.join(known)}"
+            f"axis over {field!r}: {type(model).__name__} has no field {name!r}; "
+            f"{nearest(name, known, 0.5)}its fields are {', '.join(known)}"
         )
     part = values[name]
     if rest:
