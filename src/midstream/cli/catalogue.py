@@ -24,8 +24,8 @@ from midstream.core.identity import kept_digests
 from midstream.core.storage import read_json, write_json
 from midstream.cost.graph import order
 from midstream.study.label import MARK, digits_of, labels, nearest
-from midstream.study.stages import Pretrain, Stage, Trained, stage_from_json
-from midstream.study.store import Ledger
+from midstream.study.stages import Pretrain, Stage, Trained
+from midstream.study.store import Ledger, read_stage
 from midstream.study.studies import AnyStudy, Study, Suite
 
 Recipe = Callable[..., AnyStudy]
@@ -388,13 +388,7 @@ def stored_stage(ledger: Ledger, wanted: str) -> Stage:
     """
     name = stored_name(ledger, wanted)
     path = ledger.store / name / "stage.json"
-    try:
-        stage = stage_from_json(path.read_bytes())
-    except ValidationError as error:
-        why = error.errors(include_url=False)[0]["msg"]
-        raise ValueError(
-            f"{path} is no stage of this version ({why}); see midstream store ls"
-        ) from None
+    stage = read_stage(path, "see midstream store ls")
     if stage.name != name:
         raise ValueError(
             f"{path} was written by an earlier version, which named it otherwise; see midstream "

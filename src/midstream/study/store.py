@@ -269,15 +269,21 @@ def _in_use(folder: Path) -> Callable[[str], str]:
     return lambda who: f"{folder} is being run by {who}; wait until it ends or stop it"
 
 
+def read_stage(path: Path, remedy: str) -> Stage:
+    """The stage that a `stage.json` says; ValueError, with the remedy, if this version cannot read
+    it."""
+    try:
+        return stage_from_json(path.read_bytes())
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]["msg"]
+        raise ValueError(f"{path} is no stage of this version ({why}); {remedy}") from None
+
+
 def _refuse_another(folder: Path, stage: Stage) -> None:
     path = folder / "stage.json"
     if not path.is_file():
         return
-    try:
-        found = stage_from_json(path.read_bytes())
-    except ValidationError as error:
-        why = error.errors(include_url=False)[0]["msg"]
-        raise ValueError(f"{path} is no stage of this version ({why}); move it away") from None
+    found = read_stage(path, "move it away")
     if found.identity != stage.identity:
         raise ValueError(
             f"{path} holds a {found.kind} of identity {found.identity}, not {stage.identity}; "
