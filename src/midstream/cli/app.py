@@ -115,28 +115,11 @@ def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]
     return checked
 
 
-class Section(StrEnum):
-    """What `midstream prepare` makes a source of."""
-
-    TEXT = "text"
-    CAPTIONS = "captions"
-    CONVERSATIONS = "conversations"
-    DOCUMENTS = "documents"
-
-
-class Lost(StrEnum):
-    """What goes out of a document with a picture that is lost."""
-
-    PICTURE = "picture"
-    TEXT = "text"
-    DOCUMENT = "document"
-
-
-class Required(StrEnum):
-    """A kind of caption that every picture must have."""
-
-    ORIGINAL = "original"
-    SYNTHETIC = "synthetic"
+# What `midstream prepare` makes a source of; what goes out of a document with a picture that is
+# lost; a kind of caption that every picture must have.
+Section = StrEnum("Section", ["TEXT", "CAPTIONS", "CONVERSATIONS", "DOCUMENTS"])
+Lost = StrEnum("Lost", ["PICTURE", "TEXT", "DOCUMENT"])
+Required = StrEnum("Required", ["ORIGINAL", "SYNTHETIC"])
 
 
 @app.command()

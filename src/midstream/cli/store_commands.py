@@ -321,10 +321,8 @@ def print_summary(summary: dict[str, Any], seconds: float) -> None:
     )
 
 
-class By(StrEnum):
-    """What samples that belong together have in common."""
-
-    UID = "uid"
+# What samples that belong together have in common.
+By = StrEnum("By", ["UID"])
 
 
 def join_captions(
