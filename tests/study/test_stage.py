@@ -41,7 +41,7 @@ def test_every_kind_of_stage_keeps_its_identity_through_json(make_study: MakeStu
     assert isinstance(seen, Continue)
     assert isinstance(seen.start, ContinueFrom)
     high = seen.training.model_copy(update={"schedule": WarmupCosine(peak_rate=1e-3)})
-    second = Continue(**{**dict(seen), "start": InitFrom(stage=seen), "training": high})
+    second = seen.model_copy(update={"start": InitFrom(stage=seen), "training": high})
     straight = StartText(stage=seen.start.stage, completion=0.2, encoder=seen.encoder)
     others = [second, *(Finetune(start=one, training=chat.training) for one in (second, straight))]
     assert len({stage.identity for stage in (*stages, *others)}) == len(stages) + 3

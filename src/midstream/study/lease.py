@@ -177,7 +177,7 @@ def now() -> str:
 
 def _left(noted: Mapping[str, Any]) -> float | None:
     """From the speed since this process began; a resumed stage began behind 0."""
-    if not noted:
+    if "begun_done" not in noted:
         return None
     gone = noted["done"] - noted["begun_done"]
     if gone <= 0:

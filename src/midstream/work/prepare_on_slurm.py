@@ -8,17 +8,17 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from midstream.config import SlurmSettings
-from midstream.core.storage import read_json, write_bytes
+from midstream.core.storage import read_json, write_bytes, write_json
 from midstream.core.tokens import counted
 from midstream.data.prepare_source import SourcePlan, only_one, unread_of
-from midstream.data.shard_state import TaskShare, Todo, lacking
+from midstream.data.shard_state import TaskShare, lacking
 from midstream.launch import slurm_job
 from midstream.launch.slurm_job import Entry, Job, JobBook, Patience
 from midstream.launch.submission import WorkJob, num_tasks, refusals, submit
@@ -28,6 +28,8 @@ Progress = Callable[[float, str], None]
 # The request of a task, or with None of the job that finishes, as JSON.
 RequestOf = Callable[[TaskShare | None], str]
 FINISH = "finish"
+# The numbers of the shards that were finished when the jobs were submitted.
+KEPT = "kept.json"
 # A shared disk may show what a job has written a while after the job has ended.
 LATE_SECONDS = 30.0
 
@@ -100,14 +102,12 @@ class OnSlurm:
         with self.lock:
             self.book = JobBook.of(self.out)
             self.book.drop_unsure()
-            lack = lacking(self.plan.job, self.plan.wanted)
-            self.done = self.names.keys() - {item.number for item in lack}
             if self._is_queued():
                 return
             # Such as a command without --slurm.
             with only_one(self.out):
                 pass
-            self._submit(lack)
+            self._submit()
 
     def _forget(self) -> None:
         """The jobs that were followed are not asked for again; those of a later call are."""
@@ -128,13 +128,17 @@ class OnSlurm:
                 f"{self.out} is being prepared otherwise by jobs {' '.join(others)}; give the same "
                 f"options as then, or end them: scancel {' '.join(others)}"
             )
+        self.done |= set(read_json(self.out / "slurm" / KEPT))
         print(f"{counted(len(mine), 'job')}, submitted before, followed again")
         return True
 
-    def _submit(self, lack: Sequence[Todo]) -> None:
+    def _submit(self) -> None:
         """The tasks that have something to do as an array, and the job that waits for them."""
         self.book.forget(*self.book.entries)
         wanted = self.plan.wanted
+        lack = lacking(self.plan.job, wanted)
+        self.done = self.names.keys() - {item.number for item in lack}
+        write_json(self.out / "slurm" / KEPT, sorted(self.done))
         count = min(num_tasks(self.settings), len(wanted))
         # Without room for one the job that finishes makes all.
         numbers = {item.number % count for item in lack} if count else ()
