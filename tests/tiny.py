@@ -1,9 +1,14 @@
 """A tiny world and tiny stages, so that tests run every kind of stage in about a second."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from midstream.config import (
     ContinuedCosine,
@@ -33,7 +38,7 @@ from midstream.study.stages import (
     Stage,
     TrainEncoder,
 )
-from midstream.study.store import Ledger
+from midstream.study.store import Ledger, Stopped
 from midstream.work.run_stage import StageRunner
 
 MACHINE = Machine(workers=1, threads=1, device="cpu")
@@ -177,6 +182,24 @@ def store_with(ledger: Ledger, folder: Path, *stages: Stage | Prepare) -> Ledger
     if (ledger.store / "features").is_dir():
         shutil.copytree(ledger.store / "features", folder / "features", dirs_exist_ok=True)
     return Ledger(folder)
+
+
+def begun(ledger: Ledger, folder: Path, *stages: Stage) -> Ledger:
+    """As `store_with`, of all that stages on pictures start from, and of `stages`."""
+    return store_with(ledger, folder, DATA, ENCODER_STAGE, TEXT, *stages)
+
+
+def weights(ledger: Ledger, stage: Stage) -> dict[str, Tensor]:
+    """What a training stage has saved."""
+    return dict(load_file(ledger.folder(stage) / "weights" / "model.safetensors"))
+
+
+def run_in_two(ledger: Ledger, stage: Stage, steps: int) -> None:
+    """Stop a stage after so many steps, and go on."""
+    asked = itertools.count(1)
+    with pytest.raises(Stopped):
+        runner(ledger, should_stop=lambda: next(asked) == steps).run(stage)
+    runner(ledger).run(stage)
 
 
 def bits(ledger: Ledger, stage: Stage) -> dict[str, Any]:

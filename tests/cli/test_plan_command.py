@@ -112,26 +112,6 @@ def test_a_plan_ends_with_2_where_the_study_is_wrong_and_with_0_where_a_machine_
     assert "planned without the data of" in told[0]["what"]
 
 
-def test_a_completion_that_no_weights_are_kept_at_is_told_by_the_plan(tmp_path: Path) -> None:
-    study = tmp_path / "mine.py"
-    study.write_text(
-        "from midstream.recipes.pocket import when_images_arrive\n"
-        "from midstream.study.stages import *\n"
-        "from midstream.study.studies import Study\n\n\n"
-        "def study() -> Study:\n"
-        "    whole = when_images_arrive(completions=(0.4,), seeds=(7,))\n"
-        "    line = whole.lines[0]\n"
-        "    text = whole.baselines[next(iter(whole.baselines))].of\n"
-        "    early = Evaluate(of=text, completion=0.55, evaluation=line.result.evaluation)\n"
-        "    lines = (line.model_copy(update={'result': early}),)\n"
-        "    return whole.model_copy(update={'lines': lines})\n"
-    )
-    found = planned(f"{study}:study", "--store", str(tmp_path / "store"))
-    assert found.exit_code == 2
-    assert "keeps its weights at 20, 40, 60, 80, 100 %, not at 55 %" in found.stdout
-    assert "add 0.55 to its milestones" in found.stdout
-
-
 @pytest.mark.parametrize("command", ["plan", "status"])
 def test_a_store_of_an_earlier_version_is_named_in_one_sentence(
     tmp_path: Path, command: str

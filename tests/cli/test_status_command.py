@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import typer
 from filelock import FileLock
 from rich.console import Console
 
@@ -14,7 +13,6 @@ import tiny
 from inputs import midstream
 from midstream.cli import run_commands
 from midstream.cli.catalogue import keep_asked
-from midstream.core.tokens import duration
 from midstream.cost.graph import order
 from midstream.launch import terminal
 from midstream.launch.overview import Board, Overview, StageView, overview_table, totals
@@ -115,14 +113,6 @@ def test_a_study_of_another_version_hides_none_of_the_others(ledger: Ledger) -> 
     # What is no stored study is looked for among those that can be read.
     result = midstream("status", "pocket.when_images_arrive", "--store", ledger.store)
     assert result.exit_code == 0, result.output
-
-
-def test_a_suite_is_shown_as_one(ledger: Ledger) -> None:
-    suite = Suite(name="all", question="?", studies=(STUDY,))
-    ledger.save_study(suite)
-    result = midstream("status", "all", "--store", ledger.store)
-    assert result.exit_code == 0, result.output
-    assert "0 of 10 stages done" in result.stdout
 
 
 @pytest.mark.parametrize("options", [(), ("--json",), ("--watch",), ("--watch", "--json")])
@@ -281,14 +271,6 @@ def test_totals_say_what_is_behind_a_failed_stage_and_whose_time_is_not_known() 
     )
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(3, "3 s"), (90, "2 min"), (3600, "1 h"), (7500, "2 h 5 min"), (190_000, "2 d 4 h")],
-)
-def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
 def watched(
     ledger: Ledger, sleep: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> list[str]:
@@ -345,12 +327,16 @@ def test_watching_what_nobody_runs_yet_waits_for_it(
     assert count == 4
 
 
-def test_ctrl_c_leaves_the_watch_with_0(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+@pytest.mark.parametrize("words", [("status", "--watch"), ("logs", "prepare", "--follow")])
+def test_ctrl_c_leaves_what_goes_on_with_0(
+    ledger: Ledger, held: ExitStack, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_commands, "_watch", interrupted)
-    assert midstream("status", "--store", ledger.store, "--watch").exit_code == 0
+    run(held, ledger, tiny.WORLD)
+    monkeypatch.setattr(run_commands.time, "sleep", interrupted)
+    assert midstream(*words, "--store", ledger.store).exit_code == 0
 
 
 def test_a_terminal_gets_one_table_that_changes(
@@ -455,16 +441,3 @@ def test_a_stage_that_is_unknown_or_not_alone_is_answered_with_names(ledger: Led
     assert tiny.TEXT.name in result.stderr
     wrong = midstream("logs", "prepair", "--store", ledger.store).stderr
     assert f"did you mean '{tiny.WORLD.name}'?" in " ".join(wrong.split())
-
-
-def test_ctrl_c_leaves_the_following_with_0(
-    ledger: Ledger, held: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    run(held, ledger, tiny.WORLD)
-    monkeypatch.setattr(run_commands.time, "sleep", interrupted)
-    with pytest.raises(typer.Exit) as left:
-        run_commands.logs("prepare", store=ledger.store, lines=1, follow=True)
-    assert left.value.exit_code == 0

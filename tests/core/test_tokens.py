@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midstream.core.tokens import TokenCount, apportion, quantity, rounded
+from midstream.core.tokens import TokenCount, apportion, counted, duration, quantity, rounded
 
 NAMES = st.lists(st.text("abcdef", min_size=1, max_size=4), min_size=1, max_size=8, unique=True)
 COUNTS = st.builds(
@@ -81,3 +81,18 @@ def test_numbers_are_said_in_few_digits_without_powers_of_ten() -> None:
     assert said == ["999", "1 k", "999 k", "1 M", "1 G", "1.25 G"]
     said = [rounded(one, 0.01) for one in (0, 0.001, 0.012, 9.96, 99.4, 99.6, 8096.2)]
     assert said == ["0", "<0.01", "0.012", "10", "99", "100", "8,096"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((quantity(None), "unknown"), (quantity(0), "0"), (quantity(999), "999")),
+        *((quantity(1000), "1 k"), (quantity(2.5e13), "25 T"), (quantity(3.1e21), "3.1 Z")),
+        *((counted(0, "seed"), "0 seeds"), (counted(1, "seed"), "1 seed")),
+        *((counted(1024, "seed"), "1,024 seeds"), (counted(2, "entry", "entries"), "2 entries")),
+        *((duration(3), "3 s"), (duration(90), "2 min"), (duration(3600), "1 h")),
+        *((duration(7500), "2 h 5 min"), (duration(190_000), "2 d 4 h")),
+    ],
+)
+def test_numbers_and_times_are_told_in_few_digits_and_a_unit(text: str, words: str) -> None:
+    assert text == words

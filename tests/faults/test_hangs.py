@@ -12,7 +12,7 @@ from midstream.config import Machine
 from midstream.launch.local import run
 from midstream.launch.workers import group_command
 from midstream.study.store import Ledger
-from midstream.study.studies import Figure, Line, Study
+from own_studies import study_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -66,10 +66,8 @@ def test_what_stands_still_is_named_with_its_place_and_ends(
     if num_ranks > 1:
         own = group_command(machine, work)
         command = [*own[: own.index("-m", 2)], *command[1:]]
-    line = Line(name="line", axes={"x": 1}, result=RESULT)
-    study = Study(name="hangs", question="?", lines=(line,), figure=Figure(x="x", x_label="x"))
     events: list[dict[str, Any]] = []
-    outcome = run(study, ledger, machine, events.append, command, skip_checks=True)
+    outcome = run(study_of(RESULT), ledger, machine, events.append, command, skip_checks=True)
     log = (ledger.store / "worker-1.log").read_text()
     assert outcome.num_failed == 1, log
     error = ledger.status(LONG)["error"]

@@ -1,5 +1,6 @@
 """A small study with shared stages, a world of one's own, and an empty store."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from small_studies import make_study as make_study
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own_world.write_world(tmp_path_factory.mktemp("own") / "world")
+
+
+@pytest.fixture
+def mine(world: Path, tmp_path: Path) -> Path:
+    """A copy of the world, to be changed."""
+    return shutil.copytree(world, tmp_path / "mine")
 
 
 @pytest.fixture

@@ -33,8 +33,6 @@ from midstream.work.open_model import open_sources
 from own_studies import DECODER, PATCHES, ROWS, mixed, seen, text_run, told, trained
 
 pytestmark = pytest.mark.usefixtures("no_process")
-# What the index of every prepared source says.
-MADE = {"fingerprint": "1" * 16, "tokenizer": {"vocab_size": 9}}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +42,14 @@ def prepared(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     all_of_it = Epochs(sources=("web", "pictures", "talks"), epochs=1)
     tiny.run_missing(ledger, *seen(own_world.data_of(world), all_of_it).parents)
     return ledger
+
+
+def made(world: Path, **changes: Any) -> None:
+    """Five captions of the world count as prepared."""
+    index: dict[str, Any] = {"kind": "caption", "fingerprint": "1" * 16, "longest": {}}
+    index |= {"train": {"examples": 5, "tokens": 50, "images": 5}}
+    index |= {"tokenizer": {"vocab_size": 9}}
+    write_json(world / "captions/pictures/source.json", index | changes)
 
 
 def budgets_around(sources: dict[str, Any]) -> list[Budget]:
@@ -149,13 +155,11 @@ def test_what_a_part_of_a_source_holds_is_doubtful_near_the_border_and_no_more(
 
 
 def test_a_budget_of_a_source_that_was_prepared_before_is_known_without_a_run(
-    world: Path, prepared: Ledger, tmp_path: Path, empty: Ledger
+    world: Path, prepared: Ledger, mine: Path, empty: Ledger
 ) -> None:
-    mine = tmp_path / "mine"
-    shutil.copytree(world, mine)
     shutil.rmtree(mine / "text/web")
-    made = prepared.folder(own_world.data_of(world).source("web"))
-    shutil.copytree(made / "source", mine / "text/web")
+    source = prepared.folder(own_world.data_of(world).source("web"))
+    shutil.copytree(source / "source", mine / "text/web")
     (problem,) = told(empty, text_run(own_world.data_of(mine), mixed(10**6, web=1.0)))
     assert problem.level == "wrong"
     assert "source 'web' holds" in problem.what
@@ -163,10 +167,8 @@ def test_a_budget_of_a_source_that_was_prepared_before_is_known_without_a_run(
 
 
 def test_a_source_without_a_file_that_is_read_is_told_when_it_is_planned(
-    world: Path, tmp_path: Path, empty: Ledger
+    mine: Path, empty: Ledger
 ) -> None:
-    mine = tmp_path / "mine"
-    shutil.copytree(world, mine)
     shutil.rmtree(mine / "text/web")
     (mine / "text/web").mkdir()
     for name in ("README.md", "a.csv", ".hidden.jsonl"):
@@ -178,13 +180,12 @@ def test_a_source_without_a_file_that_is_read_is_told_when_it_is_planned(
 
 
 def test_a_prepared_source_of_another_kind_or_tokenizer_is_told_when_it_is_planned(
-    world: Path, prepared: Ledger, tmp_path: Path, empty: Ledger
+    world: Path, prepared: Ledger, mine: Path, empty: Ledger
 ) -> None:
-    mine, made = tmp_path / "mine", own_world.data_of(world).source("pictures")
-    shutil.copytree(world, mine)
+    source = own_world.data_of(world).source("pictures")
     for place in ("text/web", "captions/pictures"):
         shutil.rmtree(mine / place)
-        shutil.copytree(prepared.folder(made) / "source", mine / place)
+        shutil.copytree(prepared.folder(source) / "source", mine / place)
     (problem,) = data_problems([own_world.data_of(mine).source("web")], empty)
     assert f"{mine / 'text/web'} is prepared as caption and lies among the sources of text" in (
         problem.what
@@ -308,19 +309,13 @@ def test_an_encoder_needs_captions_beside_those_that_are_held_apart(
     ],
 )
 def test_a_caption_that_a_source_lacks_is_refused_by_name(
-    world: Path,
-    tmp_path: Path,
+    mine: Path,
     empty: Ledger,
     held: dict[str, int] | None,
     caption: str,
     refused_for: str | None,
 ) -> None:
-    mine = tmp_path / "mine"
-    shutil.copytree(world, mine)
-    counts = {"examples": 5, "tokens": 50, "images": 5}
-    index = {"kind": "caption", **MADE, "train": counts, "longest": {}}
-    kinds = {} if held is None else {"captions": held}
-    write_json(mine / "captions/pictures/source.json", index | kinds)
+    made(mine, **({} if held is None else {"captions": held}))
     share = Share.model_validate({"source": "pictures", "share": 1.0, "caption": caption})
     budget = Mixture(total_tokens=30, shares=(share,))
     found = told(empty, seen(own_world.data_of(mine), budget))
@@ -335,16 +330,10 @@ def test_a_caption_that_a_source_lacks_is_refused_by_name(
         assert f"caption={caption!r} asks for one of each" in problem.what
 
 
-def test_a_budget_counts_the_captions_that_it_asks_for(
-    world: Path, tmp_path: Path, empty: Ledger
-) -> None:
-    mine = tmp_path / "mine"
-    shutil.copytree(world, mine)
-    counts = {"examples": 5, "tokens": 50, "images": 5}
+def test_a_budget_counts_the_captions_that_it_asks_for(mine: Path, empty: Ledger) -> None:
     seen_as = {"synthetic": {"num_tokens": 400, "longest": {"image": 70}}}
-    index = {"kind": "caption", **MADE, "train": counts, "longest": {"image": 11}}
-    index |= {"captions": {"original": 5, "synthetic": 5}, "seen": seen_as}
-    write_json(mine / "captions/pictures/source.json", index)
+    counts = {"original": 5, "synthetic": 5}
+    made(mine, longest={"image": 11}, captions=counts, seen=seen_as)
     data = own_world.data_of(mine)
 
     def wrong(caption: str) -> list[str]:
@@ -358,20 +347,14 @@ def test_a_budget_counts_the_captions_that_it_asks_for(
     assert "its longest example: 74 positions do not fit into a row of 64" in synthetic
 
 
-def test_a_picture_needs_room_for_what_begins_its_example(
-    world: Path, tmp_path: Path, empty: Ledger
-) -> None:
-    mine = tmp_path / "mine"
-    shutil.copytree(world, mine)
-    counts = {"examples": 5, "tokens": 50, "images": 5}
-    index = {**MADE, "train": counts, "longest": {"image": 11}}
+def test_a_picture_needs_room_for_what_begins_its_example(mine: Path, empty: Ledger) -> None:
     rows = Rows(row_length=PATCHES.num_patches + 1, batch_rows=2, overflow="cut")
     for kind, begin, is_refused in (
         ("caption", "<s>", True),
         ("caption", "", False),
         ("interleaved", "<s>", False),
     ):
-        write_json(mine / "captions/pictures/source.json", index | {"kind": kind})
+        made(mine, kind=kind, longest={"image": 11})
         tokenizer = TokenizerFile(path=mine / "none.json", sha256="1" * 64, begin_of_text=begin)
         data = own_world.data_of(mine).model_copy(update={"tokenizer": tokenizer})
         model = seen(data, Epochs(sources=("pictures",), epochs=1), rows)

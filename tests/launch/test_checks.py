@@ -168,10 +168,8 @@ def test_inputs_that_a_study_was_planned_without_join_the_list(
 
 
 def test_a_world_or_tokenizer_that_has_gone_since_planning_is_named(
-    world: Path, tmp_path: Path, empty: Ledger
+    mine: Path, empty: Ledger
 ) -> None:
-    mine = tmp_path / "mine"
-    shutil.copytree(world, mine)
     text = text_run(own_world.data_of(mine))
     shutil.rmtree(mine)
     assert f"data folder {mine} does not exist" in [one.what for one in told(empty, text)]

@@ -15,7 +15,6 @@ from midstream.launch.slurm_job import (
     JobBook,
     events_since,
     limit_minutes,
-    require_no_jobs,
 )
 from midstream.study.store import Ledger, Stopped
 from midstream.study.studies import Study
@@ -143,16 +142,6 @@ def test_the_book_keeps_what_it_was_told(tmp_path: Path) -> None:
     book.note({"a": Entry("midstream-a", "7_0"), "b": Entry("midstream-a", "7_1", 1)})
     book.forget("a", "unknown")
     assert JobBook.of(tmp_path).entries == {"b": Entry("midstream-a", "7_1", 1)}
-
-
-def test_a_local_run_asks_slurm_for_jobs_that_the_store_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", "")
-    require_no_jobs(tmp_path)
-    JobBook.of(tmp_path).note({"a": Entry("midstream-a", "7")})
-    with pytest.raises(ValueError, match=r"names 1 jobs of an earlier run with --slurm.*delete"):
-        require_no_jobs(tmp_path)
 
 
 def test_events_are_read_from_where_reading_ended_and_never_in_half(tmp_path: Path) -> None:

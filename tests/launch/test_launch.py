@@ -108,14 +108,6 @@ def test_a_run_does_every_stage_once_after_its_parents(
     assert launch.ledger.study_names() == ["small"]
 
 
-def test_independent_stages_run_side_by_side(launch: Launch, make_study: MakeStudy) -> None:
-    study = make_study()
-    both = (_stage(study, "continue", 0).name, _stage(study, "continue", 1).name)
-    outcome = launch(study, workers=2, behaviour=dict.fromkeys(both, "meet"))
-    assert outcome.exit_code == 0, outcome.messages
-    assert len(launch.pids()) == 2
-
-
 def test_the_longest_remaining_chain_starts_first(launch: Launch, make_study: MakeStudy) -> None:
     study = make_study((0.2, 1.0))
     launch(study, workers=1)
@@ -284,17 +276,6 @@ def test_an_error_of_the_display_ends_the_workers(launch: Launch, make_study: Ma
         pass
 
 
-def test_a_store_in_use_is_refused_and_left_as_it_was(
-    launch: Launch, make_study: MakeStudy
-) -> None:
-    store = launch.ledger.store
-    with launch_lock(store):
-        before = sorted(store.rglob("*"))
-        with pytest.raises(ValueError, match=f"process {os.getpid()}"):
-            launch(make_study())
-        assert sorted(store.rglob("*")) == before
-
-
 def test_a_stage_that_an_earlier_launcher_left_running_is_named(
     launch: Launch, make_study: MakeStudy
 ) -> None:
@@ -321,24 +302,22 @@ def test_events_tell_plan_and_stages_and_other_output_goes_to_the_log(
     assert "and complains" in log.read_text()
 
 
-def test_workers_get_their_threads_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_get_their_threads_no_network_and_nothing_of_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As Kubeflow, torchrun and Accelerate set them in the process that they start.
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "GROUP_RANK", "PET_NNODES")
+    for name in (*ranks, "TORCHELASTIC_RUN_ID", "RANKING"):
+        monkeypatch.setenv(name, "3")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     environment = worker_environment(Machine(threads=3))
     assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
     assert environment["HF_HUB_OFFLINE"] == "1"
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert worker_environment(Machine())["HF_HUB_OFFLINE"] == "0"
-
-
-def test_workers_are_no_ranks_of_what_started_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As Kubeflow, torchrun and Accelerate set them in the process that they start.
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "GROUP_RANK", "PET_NNODES")
-    for name in (*ranks, "TORCHELASTIC_RUN_ID", "RANKING"):
-        monkeypatch.setenv(name, "3")
-    environment = worker_environment(Machine())
     assert not {*ranks, "TORCHELASTIC_RUN_ID"} & environment.keys()
     assert environment["RANKING"] == "3"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert worker_environment(Machine())["HF_HUB_OFFLINE"] == "0"
 
 
 def test_a_module_in_the_folder_of_the_command_is_none_of_a_workers(tmp_path: Path) -> None:
@@ -400,7 +379,7 @@ def test_stages_side_by_side_see_different_gpus(
     told = [json.loads(line) for line in lines]
     seen = {name: gpus for _, name, _, gpus in told}
     assert {seen[name] for name in both} == {"3", "5"}
-    assert len({(pid, gpus) for *_, pid, gpus in told}) == 2
+    assert len({(pid, gpus) for *_, pid, gpus in told}) == len(launch.pids()) == 2
 
 
 def test_pictures_are_priced_again_when_data_was_prepared_and_at_no_other_dispatch(

@@ -158,9 +158,10 @@ def test_a_studys_placement_counts_unless_the_run_says_otherwise(make_study: Mak
     chosen = {"workers": 1, "threads": None}
     assert machine_for(study, chosen) == Machine(workers=1, threads=3)
     assert machine_for(make_study(), {}) == Machine()
-
-
-def test_several_nodes_run_stages_one_by_one(make_study: MakeStudy) -> None:
+    assert [one.identity for one in study.results] == [o.identity for o in make_study().results]
+    suite = Suite(name="all", question="?", studies=(study,), machine={"workers": 5})
+    assert machine_for(suite, {}) == Machine(workers=5)
+    # Over several nodes stages run one by one.
     found = machine_for(make_study(), {"nodes": 2, "master": "a:1", "workers": 3})
     assert (found.nodes, found.workers) == (2, 1)
 
@@ -173,18 +174,6 @@ def test_a_placement_is_checked_with_its_study_and_kept_with_it(make_study: Make
     again = study_from_json(study.model_dump_json())
     assert again.machine == {"tracking": ["wandb"]}
     assert Machine.model_validate(again.machine).tracking == ("wandb",)
-
-
-def test_a_placement_changes_no_stage(make_study: MakeStudy) -> None:
-    plain = make_study()
-    placed = plain.model_copy(update={"machine": {"workers": 4, "tracking": ["wandb"]}})
-    assert [one.identity for one in placed.results] == [one.identity for one in plain.results]
-
-
-def test_a_suites_own_placement_counts_for_all_of_it(make_study: MakeStudy) -> None:
-    study = make_study().model_copy(update={"machine": {"threads": 3}})
-    suite = Suite(name="all", question="?", studies=(study,), machine={"workers": 5})
-    assert machine_for(suite, {}) == Machine(workers=5)
 
 
 def test_a_tracker_that_is_not_there_is_refused_before_anything_starts(

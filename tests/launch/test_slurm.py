@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import own_studies
 import tiny
 from clusters import REAL
 from midstream.config import SlurmSettings
@@ -23,9 +24,9 @@ from midstream.launch.scheduler import STOPPED_EXIT_CODE, Outcome
 from midstream.launch.slurm import run_on_slurm
 from midstream.launch.slurm_job import JobBook
 from midstream.study.label import label
-from midstream.study.stages import Evaluate, Pretrain, Stage
+from midstream.study.stages import Pretrain, Stage
 from midstream.study.store import Ledger
-from midstream.study.studies import Figure, Line, Study
+from midstream.study.studies import Study
 
 DEADLINE_SECONDS = 120.0
 TEXT = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
@@ -42,11 +43,7 @@ def text_run(seed: int, **changes: Any) -> Pretrain:
 
 def study_of(*runs: Pretrain) -> Study:
     """A text run and its evaluation a line."""
-    lines = tuple(
-        Line(name=f"line {number}", axes={"n": number}, result=Evaluate(of=run, evaluation=TEXT))
-        for number, run in enumerate(runs)
-    )
-    return Study(name="tiny", question="?", lines=lines, figure=Figure(x="n", x_label="n"))
+    return own_studies.study_of(*runs, asked=TEXT)
 
 
 def with_data(store: Path) -> Ledger:

@@ -13,7 +13,8 @@ from midstream.config import Machine, SlurmResources, SlurmSettings
 from midstream.cost.graph import plan
 from midstream.launch import slurm, slurm_job, workers
 from midstream.launch.slurm import SlurmBackend
-from midstream.launch.submission import Refused, WorkFailed, WorkJob, submitting
+from midstream.launch.slurm_job import JobFailed
+from midstream.launch.submission import Refused, WorkJob, submitting
 from midstream.launch.workers import STOPPED_EXIT_CODE
 from midstream.study.stages import PrepareSource
 from midstream.study.store import Ledger
@@ -102,7 +103,7 @@ def test_a_work_that_failed_fails_its_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, ...]]
 ) -> None:
     job = job_that({"event": "failed", "error": "no room"}, tmp_path / "told.json", monkeypatch)
-    with pytest.raises(WorkFailed, match="no room"):
+    with pytest.raises(JobFailed, match="no room"):
         job()
     assert asked == []
 

@@ -1,12 +1,9 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from midstream.cli.catalogue import find_study
 from midstream.config import Budget, Epochs, Training
-from midstream.core.tokens import counted
 from midstream.cost.graph import order
-from midstream.study.label import MARK, joined, label, labels, shortest, wrapped
+from midstream.study.label import MARK, label, labels, shortest
 from midstream.study.stages import (
     Continue,
     Evaluate,
@@ -89,31 +86,22 @@ def test_stages_of_the_same_words_are_told_apart_by_the_shares_that_differ() -> 
     assert found[other.name] == label(other)
 
 
-def test_stages_are_told_apart_by_their_pools() -> None:
+def test_stages_are_told_apart_by_their_pools_and_one_without_the_source_sees_none_of_it() -> None:
     whole = mixture(8_000, pictures=0.5, web=0.5)
     pictures, web = whole.shares
-    small = whole.model_copy(update={"shares": (pictures.model_copy(update={"pool": 1_250}), web)})
-    stages = [image_run(budget=budget) for budget in (whole, small)]
-    assert [text.rpartition(MARK)[0] for text in labels(stages).values()] == [
-        "image-text, text 40 %, all of pictures, seed 0",
-        "image-text, text 40 %, 1,250 of pictures, seed 0",
-    ]
-
-
-def test_a_stage_without_a_source_is_not_told_to_see_all_of_it() -> None:
-    seeing = mixture(8_000, pictures=0.5, web=0.5)
-    pictures, web = seeing.shares
-    pools = [
-        seeing.model_copy(update={"shares": (pictures.model_copy(update={"pool": n}), web)})
+    small, large = (
+        whole.model_copy(update={"shares": (pictures.model_copy(update={"pool": n}), web)})
         for n in (1_250, 2_500)
-    ]
-    budgets = [*pools, mixture(8_000, talks=0.5, web=0.5)]
-    found = labels([image_run(budget=budget) for budget in budgets])
-    assert [text.rpartition(MARK)[0] for text in found.values()] == [
-        "image-text, text 40 %, 1,250 of pictures, seed 0",
-        "image-text, text 40 %, 2,500 of pictures, seed 0",
-        "image-text, text 40 %, no pictures, seed 0",
-    ]
+    )
+    without = mixture(8_000, talks=0.5, web=0.5)
+    for budgets, said in (
+        ((whole, small), ("all of", "1,250 of")),
+        ((small, large, without), ("1,250 of", "2,500 of", "no")),
+    ):
+        found = labels([image_run(budget=budget) for budget in budgets])
+        assert [text.rpartition(MARK)[0] for text in found.values()] == [
+            f"image-text, text 40 %, {one} pictures, seed 0" for one in said
+        ]
 
 
 def test_what_a_stage_descends_from_tells_it_apart_where_it_is_itself_the_same() -> None:
@@ -143,22 +131,3 @@ def test_a_handle_grows_until_it_is_no_other_stages() -> None:
     assert shortest(["0123456aa", "0123456ab", "fff"]) == 9
     assert shortest(["0123456aa", "f"]) == 7
     assert shortest([]) == 7
-
-
-def test_one_of_a_thing_is_said_in_the_singular() -> None:
-    assert [counted(number, "seed") for number in (0, 1, 2, 1024)] == [
-        "0 seeds",
-        "1 seed",
-        "2 seeds",
-        "1,024 seeds",
-    ]
-    assert counted(2, "entry", "entries") == "2 entries"
-
-
-@given(
-    st.lists(st.text("abc %", min_size=1, max_size=40), min_size=1, max_size=4), st.integers(12, 60)
-)
-def test_a_wrapped_label_keeps_its_width_and_its_whole_handle(parts: list[str], width: int) -> None:
-    lines = wrapped(joined(", ".join(parts), "0123456"), width).split("\n")
-    assert all(len(line.rstrip(",")) <= width for line in lines)
-    assert lines[-1].endswith("0123456")

@@ -23,7 +23,6 @@ from midstream.study.lease import (
     is_held,
     lease,
     metrics_tail,
-    own_part,
     read_sign,
 )
 
@@ -318,12 +317,3 @@ def test_a_log_outside_the_store_keeps_its_whole_path_and_none_is_none(
     assert progress.log_here(tmp_path / "store", "prepare-1") == {"log": str(other), "log_start": 0}
     monkeypatch.delenv(progress.LOG)
     assert progress.log_here(tmp_path, "prepare-1")["log"] is None
-
-
-def test_a_stages_part_of_a_log_ends_where_the_next_begins() -> None:
-    mark = b"--- %s starts, 2026-01-01, process 1\n"
-    mine, other = mark % b"prepare-1", mark % b"pretrain-2"
-    assert own_part(mine + b"a\nb\n" + other + b"c\n", "prepare-1") == (mine + b"a\nb\n", True)
-    assert own_part(mine + b"a\n" + mine + b"b\n", "prepare-1") == (mine + b"a\n", True)
-    assert own_part(b"a\n", "prepare-1", begun=True) == (b"a\n", False)
-    assert own_part(other, "prepare-1") == (b"", True)

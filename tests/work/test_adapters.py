@@ -1,6 +1,5 @@
 """Stages whose language model learns by adapters: trained, resumed, sharded, merged."""
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from midstream.model import adapters
 from midstream.model.pretrained import describe
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
-from midstream.study.stages import Continue, ContinueFrom, Finetune
-from midstream.study.store import Ledger, Stopped
+from midstream.study.stages import ContinueFrom, Finetune
+from midstream.study.store import Ledger
 from midstream.train import checkpoint
 from midstream.work.open_model import open_model
 from ranked import run_ranks
@@ -31,26 +30,18 @@ SEEN = tiny.image_run(
 CHAT = Finetune(start=SEEN, training=tiny.CHAT.training)
 
 
-def store(tiny_ledger: Ledger, folder: Path) -> Ledger:
-    return tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
-
-
 @pytest.fixture(scope="module")
 def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
-    mine = store(tiny_ledger, tmp_path_factory.mktemp("adapters"))
+    mine = tiny.begun(tiny_ledger, tmp_path_factory.mktemp("adapters"))
     tiny.run_missing(mine, CHAT)
     return mine
-
-
-def weights(ledger: Ledger, stage: Continue | Finetune) -> dict[str, torch.Tensor]:
-    return load_file(ledger.folder(stage) / "weights" / "model.safetensors")
 
 
 def test_merged_weights_differ_by_adapters_of_the_rank_and_nothing_else_moves(
     ledger: Ledger,
 ) -> None:
     milestone = checkpoint.milestone(ledger.folder(tiny.TEXT), 0.4)
-    before, seen = load_file(milestone / "model.safetensors"), weights(ledger, SEEN)
+    before, seen = load_file(milestone / "model.safetensors"), tiny.weights(ledger, SEEN)
     assert not any("lora" in name or "base_layer" in name for name in seen)
     moved = 0
     for name, value in before.items():
@@ -64,31 +55,28 @@ def test_merged_weights_differ_by_adapters_of_the_rank_and_nothing_else_moves(
         moved += 1
     # Four matrices in each block.
     assert moved == 4 * tiny.DECODER.num_layers
-    assert weights(ledger, CHAT).keys() == seen.keys()
+    assert tiny.weights(ledger, CHAT).keys() == seen.keys()
     assert open_model(ledger.folder(SEEN), torch.device("cpu")).vlm.decoder is not None
 
 
 def test_a_stage_that_stops_and_resumes_has_the_same_bits(
     ledger: Ledger, tiny_ledger: Ledger, tmp_path: Path
 ) -> None:
-    mine = store(tiny_ledger, tmp_path)
-    asked = itertools.count()
-    with pytest.raises(Stopped):
-        tiny.runner(mine, should_stop=lambda: next(asked) == 3).run(SEEN)
-    tiny.runner(mine).run(SEEN)
+    mine = tiny.begun(tiny_ledger, tmp_path)
+    tiny.run_in_two(mine, SEEN, steps=4)
     assert tiny.bits(mine, SEEN)["weights"] == tiny.bits(ledger, SEEN)["weights"]
 
 
 @pytest.mark.faults
 def test_two_ranks_learn_the_same(ledger: Ledger, tiny_ledger: Ledger, tmp_path: Path) -> None:
-    mine = store(tiny_ledger, tmp_path)
+    mine = tiny.begun(tiny_ledger, tmp_path)
     ended = run_ranks(mine, SEEN, 2)
     assert ended.returncode == 0, ended.stderr
     losses = [[line["loss"] for line in one.metrics(SEEN)] for one in (mine, ledger)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     folder = mine.folder(SEEN) / "weights"
     found = {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
-    expected = weights(ledger, SEEN)
+    expected = tiny.weights(ledger, SEEN)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).abs().max() < 1e-4, name

@@ -39,7 +39,7 @@ ASKED = Evaluate(
 def whole(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """A store in which the evaluation ran without an interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    ledger = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+    ledger = tiny.begun(tiny_ledger, folder)
     tiny.run_missing(ledger, ASKED)
     return ledger
 

@@ -1,6 +1,5 @@
 """A line with Flamingo's blocks: trained beside a frozen decoder, resumed, sharded, asked."""
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from midstream.config import GatedBlocks, ProjectorConfig, Resampler
 from midstream.cost.cost import cost, work_of
 from midstream.cost.taken import Setting, memory
 from midstream.study.stages import Continue, ContinueFrom, Evaluate, Finetune
-from midstream.study.store import Ledger, Stopped
+from midstream.study.store import Ledger
 from midstream.train import checkpoint
 from ranked import run_ranks
 
@@ -38,25 +37,21 @@ RESULT = Evaluate(of=CHAT, evaluation=tiny.EVALUATION)
 @pytest.fixture(scope="module")
 def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     folder = tmp_path_factory.mktemp("gated")
-    mine = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+    mine = tiny.begun(tiny_ledger, folder)
     tiny.run_missing(mine, RESULT)
     return mine
 
 
-def weights(ledger: Ledger, stage: Continue | Finetune) -> dict[str, torch.Tensor]:
-    return load_file(ledger.folder(stage) / "weights" / "model.safetensors")
-
-
 def test_the_blocks_learn_the_decoder_stays_and_both_go_on(ledger: Ledger) -> None:
     milestone = checkpoint.milestone(ledger.folder(tiny.TEXT), 0.4)
-    before, seen = load_file(milestone / "model.safetensors"), weights(ledger, SEEN)
+    before, seen = load_file(milestone / "model.safetensors"), tiny.weights(ledger, SEEN)
     for name, value in before.items():
         assert torch.equal(seen[name], value), name
     gates = [value for name, value in seen.items() if name.endswith("gate")]
     assert len(gates) == 2 * tiny.DECODER.num_layers
     assert all(bool(gate.any()) for gate in gates)
     # Few steps of fine-tuning move every gate from where the image run left it.
-    chat = weights(ledger, CHAT)
+    chat = tiny.weights(ledger, CHAT)
     assert chat.keys() == seen.keys()
     for name, value in seen.items():
         if name.endswith("gate"):
@@ -66,11 +61,8 @@ def test_the_blocks_learn_the_decoder_stays_and_both_go_on(ledger: Ledger) -> No
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(ledger: Ledger, tmp_path: Path) -> None:
-    own = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
-    asked = itertools.count()
-    with pytest.raises(Stopped):
-        tiny.runner(own, should_stop=lambda: next(asked) == 4).run(SEEN)
-    tiny.runner(own).run(SEEN)
+    own = tiny.begun(ledger, tmp_path)
+    tiny.run_in_two(own, SEEN, steps=5)
     assert tiny.bits(own, SEEN)["weights"] == tiny.bits(ledger, SEEN)["weights"]
 
 
@@ -82,7 +74,7 @@ def test_a_plan_counts_the_blocks(ledger: Ledger) -> None:
     assert gated.parts is not None
     assert other.parts is not None
     assert gated.parts.projector > other.parts.projector > 0
-    assert gated.parameters == sum(value.numel() for value in weights(ledger, SEEN).values())
+    assert gated.parameters == sum(value.numel() for value in tiny.weights(ledger, SEEN).values())
     work = work_of(SEEN, ledger, "cpu")
     assert work is not None
     kept = [memory(stage, work, Setting(device="cpu")).activations for stage in (SEEN, plain)]
@@ -91,7 +83,7 @@ def test_a_plan_counts_the_blocks(ledger: Ledger) -> None:
 
 @pytest.mark.faults
 def test_two_ranks_learn_what_one_does(ledger: Ledger, tmp_path: Path) -> None:
-    own = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+    own = tiny.begun(ledger, tmp_path)
     run_ranks(own, SEEN, 2)
     alone, together = (one.metrics(SEEN) for one in (ledger, own))
     assert [line["step"] for line in alone] == [line["step"] for line in together]

@@ -19,11 +19,10 @@ from midstream.config import SlurmSettings
 from midstream.data.formats.records import ReadOptions
 from midstream.launch.slurm import run_on_slurm
 from midstream.launch.slurm_job import JobBook
-from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
-from midstream.study.studies import Figure, Line, Study
 from midstream.work.protocol import Channel
 from midstream.work.read_data import PrepareRequest, prepare
+from own_studies import study_of
 
 DEADLINE_SECONDS = 240.0
 NUM_FILES, NUM_TASKS = 4, 2
@@ -297,8 +296,7 @@ def test_a_studys_source_is_made_by_tasks_before_its_own_job(
     ledger = tiny.store_with(tiny_ledger, tmp_path / "store", tiny.WORLD, tiny.TOKENIZER)
     run = tiny.text_run(total_tokens=6_000, seed=1)
     text = tiny.EVALUATION.model_copy(update={"visual_tasks": ()})
-    line = Line(name="line", axes={"n": 0}, result=Evaluate(of=run, evaluation=text))
-    study = Study(name="tiny", question="?", lines=(line,), figure=Figure(x="n", x_label="n"))
+    study = study_of(run, asked=text)
     # The first tasks, which have its only shard to make, do not begin.
     setup = [f'[ "${{SLURM_ARRAY_TASK_ID:-{NUM_TASKS}}}" -ge {lost} ] || exit 1']
     asked = {"prepare_source": {"tasks": NUM_TASKS, "cpus": 2}}

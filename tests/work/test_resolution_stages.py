@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import tiny
 from midstream.config import ContinuedCosine, Epochs, ProjectorConfig, WarmupCosine
@@ -17,7 +16,7 @@ from midstream.model.vision import build_encoder, resized
 from midstream.model.weights import joint_digest, tensor_digest
 from midstream.study.label import words
 from midstream.study.stages import Continue, ContinueFrom, Evaluate, Finetune, InitFrom
-from midstream.study.store import Ledger, Stopped
+from midstream.study.store import Ledger
 from midstream.work.open_model import open_encoder, open_model
 
 HIGH_END = WarmupCosine(peak_rate=tiny.RATE, end_rate=1e-3, warmup_fraction=0.1)
@@ -51,13 +50,9 @@ POSITIONS = "encoder.tower.embeddings.position_embedding.weight"
 @pytest.fixture(scope="module")
 def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     folder = tmp_path_factory.mktemp("resolution")
-    mine = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+    mine = tiny.begun(tiny_ledger, folder)
     tiny.run_missing(mine, FROZEN_LARGE, OWNED_LARGE)
     return mine
-
-
-def weights(ledger: Ledger, stage: Continue | Finetune) -> dict[str, torch.Tensor]:
-    return dict(load_file(ledger.folder(stage) / "weights" / "model.safetensors"))
 
 
 def test_the_size_is_taken_over_and_says_nothing_where_none_is_given() -> None:
@@ -96,7 +91,7 @@ def test_a_connector_takes_the_larger_grid_or_the_stage_is_refused() -> None:
 def test_a_frozen_encoder_looks_at_the_larger_pictures_and_keeps_features_of_its_own(
     ledger: Ledger,
 ) -> None:
-    assert "encoder" not in {name.split(".")[0] for name in weights(ledger, FROZEN_LARGE)}
+    assert "encoder" not in {name.split(".")[0] for name in tiny.weights(ledger, FROZEN_LARGE)}
     machine = tiny.MACHINE.model_copy(update={"features": "stored"})
     stages = [chat(FROZEN), chat(FROZEN_LARGE)]
     small, large = feature_plan(stages, ledger, machine)
@@ -111,7 +106,7 @@ def test_a_frozen_encoder_looks_at_the_larger_pictures_and_keeps_features_of_its
 
 
 def test_an_owned_encoders_positions_are_interpolated_once_and_saved(ledger: Ledger) -> None:
-    before, after = weights(ledger, OWNED), weights(ledger, OWNED_LARGE)
+    before, after = tiny.weights(ledger, OWNED), tiny.weights(ledger, OWNED_LARGE)
     assert before[POSITIONS].shape == (4, 16)
     assert after[POSITIONS].shape == (16, 16)
     held, wanted = OWNED.model.encoder, OWNED_LARGE.model.encoder
@@ -138,15 +133,13 @@ def test_an_encoder_that_learns_with_larger_pictures_learns_positions_for_them(
     frozen = open_encoder(ledger, tiny.ENCODER_STAGE).state_dict()
     assert stage.model.encoder is not None
     shape = build_encoder(stage.model.encoder).state_dict()[POSITIONS[8:]].shape
-    learnt = weights(ledger, stage)[POSITIONS]
+    learnt = tiny.weights(ledger, stage)[POSITIONS]
     start = resized(frozen, tiny.ENCODER, stage.model.encoder, path=Path())[POSITIONS[8:]]
     assert learnt.shape == start.shape == shape == (16, 16)
     assert not torch.equal(learnt, start)
     torch.testing.assert_close(learnt, start, atol=0.1, rtol=0.0)
-    own = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT, FROZEN)
-    with pytest.raises(Stopped):
-        tiny.runner(own, should_stop=lambda: True).run(stage)
-    tiny.runner(own).run(stage)
+    own = tiny.begun(ledger, tmp_path, FROZEN)
+    tiny.run_in_two(own, stage, steps=1)
     assert tiny.bits(own, stage)["weights"] == tiny.bits(ledger, stage)["weights"]
 
 

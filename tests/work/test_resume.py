@@ -14,11 +14,10 @@ import pytest
 
 import tiny
 from lives import DEADLINE_SECONDS, born, has_steps, server, wait_for
-from midstream.cost.graph import order
+from midstream.cost.graph import order_of
 from midstream.launch.workers import work_line, worker_command, worker_environment, write_work
 from midstream.study.stages import Continue, ContinueFrom, Pretrain, Stage
 from midstream.study.store import Ledger, Stopped
-from midstream.study.studies import Figure, Line, Study
 from midstream.train import checkpoint
 
 # Long enough to be killed along the way: about 60 steps, a checkpoint every third.
@@ -43,13 +42,9 @@ def processes() -> ForkServerContext:
 def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """Both stages, run without an interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    mine = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+    mine = tiny.begun(tiny_ledger, folder)
     tiny.run_missing(mine, LONG_TEXT, LONG_SEEN)
     return mine
-
-
-def own_store(tiny_ledger: Ledger, folder: Path) -> Ledger:
-    return tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
 
 
 @pytest.mark.parametrize("stage", [tiny.TEXT, tiny.SEEN], ids=lambda stage: stage.kind)
@@ -79,7 +74,7 @@ def test_a_stage_killed_at_random_moments_gives_the_uninterrupted_bits(
     tmp_path: Path,
     stage: Trained,
 ) -> None:
-    mine, chance = own_store(tiny_ledger, tmp_path), random.Random(7)
+    mine, chance = tiny.begun(tiny_ledger, tmp_path), random.Random(7)
     num_steps = ledger.results(stage)["steps"]
     assert num_steps > 40
     # Before the first checkpoint, and at two random moments of the rest.
@@ -113,7 +108,7 @@ def test_a_stage_killed_at_random_moments_gives_the_uninterrupted_bits(
 def test_a_worker_asked_to_end_keeps_a_checkpoint_and_the_next_goes_on_to_equal_bits(
     ledger: Ledger, tiny_ledger: Ledger, processes: ForkServerContext, tmp_path: Path
 ) -> None:
-    mine = own_store(tiny_ledger, tmp_path)
+    mine = tiny.begun(tiny_ledger, tmp_path)
     file = write_work(mine.store / "work.json", mine.store, tiny.MACHINE)
     worker = subprocess.Popen(
         worker_command(file),
@@ -147,13 +142,7 @@ def test_a_worker_asked_to_end_keeps_a_checkpoint_and_the_next_goes_on_to_equal_
     assert tiny.bits(mine, LONG_SEEN) == tiny.bits(ledger, LONG_SEEN)
 
 
-STUDY = Study(
-    name="tiny",
-    question="Does every stage stop?",
-    lines=(Line(name="tiny", axes={"x": 0}, result=tiny.RESULT),),
-    figure=Figure(x="x", x_label="x"),
-)
-PREPARING = [stage for stage in order(STUDY) if stage.kind.startswith("prepare")]
+PREPARING = [stage for stage in order_of(tiny.RESULT) if stage.kind.startswith("prepare")]
 STORED = tiny.MACHINE.model_copy(update={"features": "stored"})
 
 

@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, str]:
 def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """A whole line, evaluated, and the text run's own evaluation."""
     folder = tmp_path_factory.mktemp("line")
-    mine = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    mine = tiny.begun(tiny_ledger, folder)
     tiny.run_missing(mine, RESULT, ASKED_TEXT)
     return mine
 
@@ -85,7 +85,7 @@ LINE: tuple[Stage, ...] = (*tiny.PREPARED, tiny.ENCODER_STAGE, TEXT, SEEN, CHAT,
 @pytest.fixture
 def own(tiny_ledger: Ledger, tmp_path: Path) -> Ledger:
     """A store to change: world, encoder and text run are done in it."""
-    return tiny.store_with(tiny_ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    return tiny.begun(tiny_ledger, tmp_path)
 
 
 @pytest.mark.parametrize("stage", LINE, ids=lambda stage: stage.kind)
@@ -301,7 +301,7 @@ def test_a_text_model_asked_about_pictures_fails_with_the_reason(own: Ledger) ->
 def test_stored_features_are_shared_and_train_the_same_weights_as_live_ones(
     ledger: Ledger, tmp_path: Path
 ) -> None:
-    own = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    own = tiny.begun(ledger, tmp_path)
     storing = tiny.MACHINE.model_copy(update={"features": "stored"})
     tiny.runner(own, machine=storing).run(SEEN)
     assert tiny.bits(own, SEEN) == tiny.bits(ledger, SEEN)
@@ -317,7 +317,7 @@ def test_stored_features_are_shared_and_train_the_same_weights_as_live_ones(
 def test_ranks_meet_before_any_of_them_stores_features(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    own = tiny.begun(ledger, tmp_path)
     storing = tiny.MACHINE.model_copy(update={"features": "stored"})
     runner, said = tiny.runner(own, machine=storing), list[str]()
 

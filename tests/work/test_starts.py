@@ -59,17 +59,13 @@ DIRECT = Finetune(
 def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     """Each of the stages above, and their evaluations."""
     folder = tmp_path_factory.mktemp("starts")
-    mine = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    mine = tiny.begun(tiny_ledger, folder)
     tiny.run_missing(mine, *(asked(stage) for stage in (SECOND, CHAT, DIRECT)))
     return mine
 
 
 def asked(stage: Continue | Finetune) -> Evaluate:
     return Evaluate(of=stage, evaluation=tiny.EVALUATION)
-
-
-def weights(ledger: Ledger, stage: Continue | Finetune) -> dict[str, torch.Tensor]:
-    return dict(load_file(ledger.folder(stage) / "weights" / "model.safetensors"))
 
 
 def starting_digest(ledger: Ledger, stage: Continue | Finetune) -> str:
@@ -82,7 +78,7 @@ def test_a_stage_that_keeps_the_decoder_saves_it_bit_equal_beside_what_learnt(
     ledger: Ledger,
 ) -> None:
     parent = load_file(checkpoint.milestone(ledger.folder(TEXT), 0.4) / "model.safetensors")
-    after = weights(ledger, ALIGNED)
+    after = tiny.weights(ledger, ALIGNED)
     assert {name.split(".")[0] for name in after} == {"decoder", "projector", "encoder"}
     for name, value in parent.items():
         assert torch.equal(after[name], value), name
@@ -93,7 +89,7 @@ def test_a_stage_that_keeps_the_decoder_saves_it_bit_equal_beside_what_learnt(
 def test_a_frozen_decoder_has_no_moments_and_the_stage_resumes_without_them(
     ledger: Ledger, tmp_path: Path
 ) -> None:
-    own = tiny.store_with(ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE, TEXT)
+    own = tiny.begun(ledger, tmp_path)
     with pytest.raises(Stopped):
         tiny.runner(own, should_stop=lambda: True).run(ALIGNED)
     (folder,) = checkpoint.by_age(own.folder(ALIGNED) / "checkpoints")
@@ -148,7 +144,7 @@ def test_a_second_stage_starts_from_all_weights_of_the_first_at_its_last_rate(
     assert first["last_rate"] == 1e-3
     assert ledger.metrics(SECOND)[0]["rate"] == first["last_rate"]
     assert ledger.results(SECOND)["last_rate"] == tiny.END_RATE
-    before, after = weights(ledger, ALIGNED), weights(ledger, SECOND)
+    before, after = tiny.weights(ledger, ALIGNED), tiny.weights(ledger, SECOND)
     assert before.keys() == after.keys()
     for name, value in before.items():
         # The encoder is the model's own since the first stage; this one keeps it.
@@ -200,7 +196,7 @@ def test_a_text_model_is_fine_tuned_with_a_fresh_projector_and_a_frozen_encoder(
     )
     expected = checkpoint.digests(fresh, None)["model"]
     assert starting_digest(ledger, DIRECT) == expected
-    assert {name.split(".")[0] for name in weights(ledger, DIRECT)} == {"decoder", "projector"}
+    assert {name.split(".")[0] for name in tiny.weights(ledger, DIRECT)} == {"decoder", "projector"}
     assert not DIRECT.model.owns_encoder
     assert DIRECT.encoder_stage == tiny.ENCODER_STAGE
 

@@ -115,28 +115,11 @@ def user_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]
     return checked
 
 
-class Section(StrEnum):
-    """What `midstream prepare` makes a source of."""
-
-    TEXT = "text"
-    CAPTIONS = "captions"
-    CONVERSATIONS = "conversations"
-    DOCUMENTS = "documents"
-
-
-class Lost(StrEnum):
-    """What goes out of a document with a picture that is lost."""
-
-    PICTURE = "picture"
-    TEXT = "text"
-    DOCUMENT = "document"
-
-
-class Required(StrEnum):
-    """A kind of caption that every picture must have."""
-
-    ORIGINAL = "original"
-    SYNTHETIC = "synthetic"
+# What `midstream prepare` makes a source of; what goes out of a document with a picture that is
+# lost; a kind of caption that every picture must have.
+Section = StrEnum("Section", ["TEXT", "CAPTIONS", "CONVERSATIONS", "DOCUMENTS"])
+Lost = StrEnum("Lost", ["PICTURE", "TEXT", "DOCUMENT"])
+Required = StrEnum("Required", ["ORIGINAL", "SYNTHETIC"])
 
 
 @app.command()
@@ -201,6 +184,7 @@ def prepare(
     slurm_sets: run_commands.SlurmSets = None,
 ) -> None:
     """Turn public formats into a prepared source; the same command goes on where it was."""
+    given = locals()
     from midstream.core.storage import num_cores
     from midstream.launch.slurm_job import require_no_jobs
     from midstream.launch.workers import hub_environment
@@ -211,13 +195,11 @@ def prepare(
     if cluster is None:
         require_no_jobs(out)
     started = time.monotonic()
-    options: dict[str, str | float | None] = {"text_key": text_key, "require": require}
-    options |= {"images": images, "max_tokens": max_tokens, "split": split}
-    options |= {"lost": lost, "similarity": similarity, "rating": rating}
-    request = {"section": section, "sources": sources, "out": out, "tokenizer": tokenizer}
-    request |= {"max_rejects": max_rejects, "validation": validation, "options": options}
-    request |= {"begin_of_text": begin_of_text, "workers": workers or num_cores()}
-    request |= {"copy_pictures": copy}
+    asked = "section sources out tokenizer begin_of_text max_rejects validation"
+    options = "text_key require images split max_tokens lost similarity rating"
+    request = {name: given[name] for name in asked.split()} | {"copy_pictures": copy}
+    request |= {"options": {name: given[name] for name in options.split()}}
+    request |= {"workers": workers or num_cores()}
     request |= {"slurm": None if cluster is None else cluster.model_dump(mode="json")}
     summary = work("prepare", request, hub_environment(threads=1))
     store_commands.print_summary(summary, time.monotonic() - started)
@@ -254,10 +236,8 @@ def show_data(
     remedy = ["midstream", "run", study, "--store", str(store)]
     remedy += [part for setting in arguments for part in ("--set", setting)]
     request = {"store": store, "stage": shown.model_dump(mode="json"), "out": out}
-    request |= {
-        "row": None if stats and row is None else row or 0,
-        "stats": rows if stats else None,
-    }
+    request |= {"row": None if stats and row is None else row or 0}
+    request |= {"stats": rows if stats else None}
     request |= {"prepare": prepare, "remedy": shlex.join(remedy)}
     work("show-data", request, worker_environment(Machine()))
 

@@ -13,8 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -25,9 +23,9 @@ from midstream import recipes
 from midstream.core.identity import kept_digests
 from midstream.core.storage import read_json, write_json
 from midstream.cost.graph import order
-from midstream.study.label import MARK, digits_of, labels
-from midstream.study.stages import Pretrain, Stage, Trained, stage_from_json
-from midstream.study.store import Ledger
+from midstream.study.label import MARK, digits_of, labels, nearest
+from midstream.study.stages import Pretrain, Stage, Trained
+from midstream.study.store import Ledger, read_stage
 from midstream.study.studies import AnyStudy, Study, Suite
 
 Recipe = Callable[..., AnyStudy]
@@ -59,16 +57,9 @@ def find_study(
     return study
 
 
-@dataclass(frozen=True)
-class LastStudy:
-    """A study, and what is to be said of how it was found: `note` is None where all was clear."""
-
-    study: AnyStudy
-    note: str | None = None
-
-
-def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
-    """The study last run in the store under this name, else the recipe's.
+def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> tuple[AnyStudy, str | None]:
+    """The study last run in the store under this name, else the recipe's; and what is to be said of
+    how it was found, if anything.
 
     A name is what `run` was given, that of a stored study, or of one within a stored suite; the
     scale at its end may be left out. `settings` ask for the recipe with these arguments. Raises as
@@ -78,17 +69,17 @@ def last_study(name: str, ledger: Ledger, settings: Sequence[str]) -> LastStudy:
     asked = _asked(ledger).get(_asked_as(name))
     if found := [other for other in kept if other == asked or _answers(other, name)]:
         note = _choice(name, found) or _changed(name, ledger, found[0])
-        return LastStudy(ledger.load_study(found[0]), note)
+        return ledger.load_study(found[0]), note
     parts = [study for other in kept for study in _parts(ledger, other)]
     if within := [study for study in parts if _answers(study.name, name)]:
-        return LastStudy(within[0], _choice(name, [study.name for study in within]))
+        return within[0], _choice(name, [study.name for study in within])
     if ".py" not in name and name not in (known := catalogue()):
         stored = ledger.study_names()
         raise ValueError(
-            f"no study {name!r}; {_nearest(name, [*stored, *known])}store {ledger.store} holds "
+            f"no study {name!r}; {nearest(name, [*stored, *known])}store {ledger.store} holds "
             f"{', '.join(stored) or 'none'}, and there are the recipes {', '.join(known)}"
         )
-    return LastStudy(find_study(name, settings, ledger))
+    return find_study(name, settings, ledger), None
 
 
 def _parts(ledger: Ledger, name: str) -> tuple[Study, ...]:
@@ -111,12 +102,6 @@ def _choice(name: str, found: Sequence[str]) -> str | None:
     first, *others = dict.fromkeys(found)
     text = f"{name}: {first} was run last and is shown; there is also {', '.join(others)}"
     return text if others else None
-
-
-def _nearest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
-    """The hint at the known name that a person may have meant, if there is one."""
-    near = get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def keep_asked(ledger: Ledger, name: str, study: AnyStudy) -> None:
@@ -166,7 +151,7 @@ def _from_catalogue(name: str) -> Recipe:
     known = catalogue()
     if name not in known:
         raise ValueError(
-            f"no study {name!r}; {_nearest(name, list(known))}there are {', '.join(known)}, or "
+            f"no study {name!r}; {nearest(name, list(known))}there are {', '.join(known)}, or "
             "give your own as path/to/file.py:function"
         )
     return known[name]
@@ -237,7 +222,7 @@ def _from_file(name: str, path: Path) -> Recipe:
         has = f"it has {', '.join(known) or 'none that is annotated to return a Study'}"
         if not colon:
             raise ValueError(f"name a function of {path}: {path}:{(known or ['study'])[0]}; {has}")
-        raise ValueError(f"{path} has no function {function!r}; {_nearest(function, known)}{has}")
+        raise ValueError(f"{path} has no function {function!r}; {nearest(function, known)}{has}")
     return cast(Recipe, recipe)
 
 
@@ -257,7 +242,7 @@ def _arguments(name: str, recipe: Recipe, settings: Sequence[str]) -> dict[str, 
     for key, text in _pairs("--set", settings).items():
         if key not in known:
             takes = ", ".join(known) or "no arguments"
-            near = _nearest(key, list(known))
+            near = nearest(key, list(known))
             raise ValueError(f"{name} has no argument {key!r}; {near}it takes {takes}")
         arguments[key] = _annotated(name, key, text, known[key].annotation)
     needed = [
@@ -403,13 +388,7 @@ def stored_stage(ledger: Ledger, wanted: str) -> Stage:
     """
     name = stored_name(ledger, wanted)
     path = ledger.store / name / "stage.json"
-    try:
-        stage = stage_from_json(path.read_bytes())
-    except ValidationError as error:
-        why = error.errors(include_url=False)[0]["msg"]
-        raise ValueError(
-            f"{path} is no stage of this version ({why}); see midstream store ls"
-        ) from None
+    stage = read_stage(path, "see midstream store ls")
     if stage.name != name:
         raise ValueError(
             f"{path} was written by an earlier version, which named it otherwise; see midstream "
@@ -433,7 +412,7 @@ def stored_name(ledger: Ledger, wanted: str) -> str:
     if not found:
         raise ValueError(
             f"no stage of {ledger.store} begins with {wanted!r}; "
-            f"{_nearest(wanted, names, 0.3)}see midstream store ls"
+            f"{nearest(wanted, names, 0.3)}see midstream store ls"
         )
     return found[0]
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 # A plan of more stages than this is printed by kind.
 MAX_PLAN_ROWS = 48
-# Columns that a table's numbers take, and that a stage's name is given at least.
-NUMBERS_WIDTH, LEAST_LABEL_WIDTH = 54, 24
 DAY = 24.0
 # What a plan ends with that has something wrong in it; what this machine lacks is none of that.
 WRONG_EXIT_CODE = 2
@@ -103,7 +101,8 @@ def plan(
     if as_json:
         values = {"features": [one.values() for one in kept], "price": price_json(priced, work)}
         values |= {"this_machine": here.values(), "ladders": [asdict(one) for one in ladders]}
-        values["decides"] = [_power_json(one) for one in _powers(found, ledger, spread)]
+        powers = _powers(found, ledger, spread)
+        values["decides"] = [asdict(one) | {"claim": one.claim.model_dump()} for one in powers]
         values["problems"] = [asdict(problem) for problem in found_wrong]
         typer.echo(json.dumps(plan_json(work) | values, indent=2))
     else:
@@ -176,8 +175,7 @@ def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger"
 
     stages = [row.stage for row in plan.rows]
     by_kind = len(plan.rows) > MAX_PLAN_ROWS
-    room = max(console.width - NUMBERS_WIDTH, LEAST_LABEL_WIDTH)
-    console.print(_kinds_table(priced) if by_kind else _stages_table(priced, plan.labels, room))
+    console.print(_kinds_table(priced) if by_kind else _stages_table(priced, plan.labels))
     for line in [
         *_totals(plan),
         *pictures_seen(stages, ledger),
@@ -190,20 +188,18 @@ def print_plan(plan: "Plan", priced: "Price", console: Console, ledger: "Ledger"
 
 def _table(first: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, overflow="fold")
     for column in ("state", "lines", "tokens", "FLOPs", "GPU-h", "GiB"):
         table.add_column(column, no_wrap=True)
     return table
 
 
-def _stages_table(priced: "Price", labels: Mapping[str, str], room: int) -> Table:
-    from midstream.study.label import wrapped
-
+def _stages_table(priced: "Price", labels: Mapping[str, str]) -> Table:
     table = _table("stage")
     for stage in priced.stages:
         row = stage.row
         table.add_row(
-            escape(wrapped(labels[row.stage.name], room)),
+            escape(labels[row.stage.name]),
             row.state,
             str(len(row.lines)),
             quantity(row.cost.tokens),
@@ -367,10 +363,6 @@ def _powers(study: "AnyStudy", ledger: "Ledger", spread: float | None) -> list["
     return [one for each in study.studies for one in powers(each, ledger, known)]
 
 
-def _power_json(one: "Power") -> dict[str, Any]:
-    return asdict(one) | {"claim": one.claim.model_dump()}
-
-
 def _decides(
     plan: "Plan", fleet: "Fleet", hours: Mapping[str, float], found: Sequence["Power"]
 ) -> list[str]:
@@ -421,17 +413,8 @@ def _here(found: "Measured") -> list[str]:
 
 def _memory_line(name: str, fit: "Fit", room: float | int) -> str:
     found = fit.memory
-    parts = (
-        "weights",
-        "moments",
-        "gradients",
-        "gathered",
-        "masks",
-        "activations",
-        "head",
-        "encoder",
-    )
-    told = ", ".join(f"{part} {_gib(getattr(found, part))}" for part in parts)
+    parts = "weights moments gradients gathered masks activations head encoder"
+    told = ", ".join(f"{part} {_gib(getattr(found, part))}" for part in parts.split())
     return (
         f"memory: at most {_gib(found.total)} GiB of {_gib(room)} on each GPU ({name}, GPUs: "
         f"{fit.gpus}, micro-batches of up to {fit.micro_rows} rows): {told}"

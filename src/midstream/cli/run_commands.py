@@ -3,6 +3,7 @@
 import json
 import time
 import tomllib
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -15,6 +16,7 @@ from midstream.core.tokens import counted
 if TYPE_CHECKING:
     from midstream.config import Machine, SlurmSettings
     from midstream.launch.overview import Board, Overview
+    from midstream.study.stages import Stage
     from midstream.study.store import Ledger
     from midstream.study.studies import AnyStudy
 
@@ -111,6 +113,7 @@ def run(
     max_seeds: MaxSeeds = 32,
 ) -> None:
     """Run the stages of a study that are not done; continue those that were stopped."""
+    given = locals()
     from midstream.cli.catalogue import find_study, read_settings, with_scale
     from midstream.launch.local import machine_for
     from midstream.report.power import decide as decided
@@ -124,10 +127,9 @@ def run(
             "--nodes, --node and --master are for machines without Slurm; with it, "
             "--slurm-set nodes=N"
         )
-    chosen: dict[str, Any] = {"threads": threads, "device": device, "ranks": ranks}
-    chosen |= {"workers": workers if cluster is None else 1, "data_workers": data_workers}
-    chosen |= {"features": features, "max_feature_gib": max_feature_gib}
-    chosen |= {"nodes": nodes, "node": node, "master": master}
+    asked = "threads device data_workers features max_feature_gib ranks nodes node master"
+    chosen: dict[str, Any] = {name: given[name] for name in asked.split()}
+    chosen |= {"workers": workers if cluster is None else 1}
     ledger = Ledger(store)
     found = find_study(study, with_scale(settings, scale), ledger, verify=verify)
     machine = machine_for(found, chosen | read_settings("--machine", others or []))
@@ -151,15 +153,15 @@ def run(
     def run_all(this: "AnyStudy") -> None:
         run_and_tell(this, ledger, machine, options, asked=study, slurm=cluster)
 
-    given = [one for one in with_scale(settings, scale) if not one.startswith("seeds=")]
+    sets = [one for one in with_scale(settings, scale) if not one.startswith("seeds=")]
     # A recipe that takes no seeds is refused before anything runs.
-    find_study(study, [*given, f"seeds={json.dumps(pilot_of(found, max_seeds))}"], ledger)
+    find_study(study, [*sets, f"seeds={json.dumps(pilot_of(found, max_seeds))}"], ledger)
     run_all(found)
     more = decided(found, ledger, decide / 100, max_seeds)
     typer.echo(f"{found.name}: {more.sentence(decide)}")
     if len(more.seeds) > len(more.pilot):
         seeds = f"seeds={json.dumps(more.seeds)}"
-        whole = find_study(study, [*given, seeds], ledger, verify=verify)
+        whole = find_study(study, [*sets, seeds], ledger, verify=verify)
         assert isinstance(whole, Study), "found as one before"
         run_all(more.study(whole))
         typer.echo(f"all {len(more.seeds)} seeds: midstream report {study} (without --set)")
@@ -175,29 +177,30 @@ def run_and_tell(
     slurm: "SlurmSettings | None" = None,
     detach: bool = False,
 ) -> int:
-    """Run, with `run_study`'s options, and tell; returns the peak memory in bytes. Leaves with the
-    outcome's code if not 0.
+    """Run, with `run_study`'s options, and tell; returns the sum over the workers of the most
+    memory that a stage took, in bytes. Leaves with the outcome's code if not 0.
 
     `asked`: the name under which `status` and `report` find the study again.
     """
     from midstream.cli.catalogue import keep_asked
     from midstream.core.storage import can_write
     from midstream.cost.graph import order
-    from midstream.cost.graph import plan as plan_study
     from midstream.launch import local, terminal
     from midstream.launch.slurm import run_on_slurm
     from midstream.study.label import labels
+    from midstream.study.results import StageResult
 
     terminal.tell_older(ledger)
-    memory = terminal.PeakMemory()
-    console = terminal.out()
-    with terminal.progress(console, labels(order(study))) as show:
+    console, stages = terminal.out(), {stage.name: stage for stage in order(study)}
+    ran_by: dict[int, list[Stage]] = defaultdict(list)
+    with terminal.progress(console, labels(list(stages.values()))) as show:
 
         def on_event(event: dict[str, Any]) -> None:
             """Keep what the launcher tells, and show it."""
             if event["event"] == "plan" and asked is not None:
                 keep_asked(ledger, asked, study)
-            memory.note(event)
+            elif event["event"] == "finished" and event["state"] == "done":
+                ran_by[event["worker"]].append(stages[event["stage"]])
             show(event)
 
         if slurm is None:
@@ -234,7 +237,11 @@ def run_and_tell(
         if outcome.interrupted:
             terminal.error("stopped; the same command continues where it was")
         raise typer.Exit(outcome.exit_code)
-    return memory.total_bytes(plan_study(study, ledger), ledger)
+    peaks = (
+        max(ledger.result(stage, StageResult).peak_memory_bytes for stage in own)
+        for own in ran_by.values()
+    )
+    return sum(peaks)
 
 
 def slurm_settings(
@@ -313,16 +320,16 @@ def status(
     boards: list[Board] = []
     for name in names:
         try:
-            found = last_study(name, ledger, with_scale(settings, scale))
+            found, note = last_study(name, ledger, with_scale(settings, scale))
         except ValueError as reason:
             # One of several that another version wrote hides none of the others.
             if study is not None or (name == names[-1] and not boards):
                 raise
             typer.echo(f"left out: {reason}", err=True)
             continue
-        if found.note is not None:
-            typer.echo(found.note, err=True)
-        boards.append(Board(found.study, ledger))
+        if note is not None:
+            typer.echo(note, err=True)
+        boards.append(Board(found, ledger))
     if watch:
         try:
             _watch(boards, every, as_json, time.sleep)
@@ -417,7 +424,7 @@ def logs(
         typer.echo(json.dumps(line))
     log = StageLog(ledger, found)
     typer.echo(log.describe())
-    for text in log.tail(lines):
+    for text in deque(log.more(), maxlen=lines):
         typer.echo(text)
     if not follow:
         return

@@ -193,9 +193,10 @@ def report(
     else:
         require_folder(out, "give another --out")
     chosen = [last_study(name, ledger, settings) for name in studies]
-    for note in (one.note for one in chosen if one.note is not None):
-        typer.echo(note, err=True)
-    found = [one.study for one in chosen]
+    for _, note in chosen:
+        if note is not None:
+            typer.echo(note, err=True)
+    found = [study for study, _ in chosen]
     facts = [one for study in found for one in write(study, ledger, curves, out)]
     if markdown is not None:
         parts = ["midstream", "report", *studies]
@@ -320,10 +321,8 @@ def print_summary(summary: dict[str, Any], seconds: float) -> None:
     )
 
 
-class By(StrEnum):
-    """What samples that belong together have in common."""
-
-    UID = "uid"
+# What samples that belong together have in common.
+By = StrEnum("By", ["UID"])
 
 
 def join_captions(

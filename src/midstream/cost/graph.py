@@ -15,7 +15,7 @@ from midstream.core.storage import CorruptError, read_json, remove_folder, requi
 from midstream.cost.cost import StageCost, cost
 from midstream.cost.questions import Sizes
 from midstream.study.imported import how_to_have, is_lacking
-from midstream.study.label import digits_of, handle, joined, labels, shortest, words
+from midstream.study.label import digits_of, joined, labels, shortest, words
 from midstream.study.results import RESULTS, checked
 from midstream.study.stages import (
     Evaluate,
@@ -250,7 +250,7 @@ def stored_stages(ledger: Ledger) -> list[StoredStage]:
         except ValidationError:
             kind, state = folder.name.rpartition("-")[0], "unreadable"
             text = kind
-        label = joined(text, handle(digits_of(folder.name), length))
+        label = joined(text, digits_of(folder.name), length)
         lines = needs.get(folder.name, ())
         found.append(StoredStage(folder.name, label, kind, state, _bytes(folder), lines))
     return found

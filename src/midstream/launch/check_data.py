@@ -16,6 +16,7 @@ from midstream.config import (
     Mixture,
     PocketWorld,
     PublicFolder,
+    Tokenizer,
     TokenizerFile,
     TrainedTokenizer,
     check_caption,
@@ -145,32 +146,26 @@ def data_problems(stages: Iterable[Stage], ledger: Ledger) -> Iterator[Problem]:
 
 def counted(source: PrepareSource, ledger: Ledger) -> Counted | None:
     """What is known of a source before, or after, it is prepared; None where nothing is."""
-    if ledger.is_done(source):
-        held = ledger.result(source, SourceResult)
-        return Counted(
-            held.kind,
-            round(held.num_tokens),
-            held.num_examples,
-            held.num_images,
-            longest=_longest_of(held.longest),
-            captions=held.captions,
-            seen=held.seen,
-        )
-    if (index := prepared_index(source)) is not None:
+    is_done, index = ledger.is_done(source), prepared_index(source)
+    if is_done:
+        held = dict(ledger.result(source, SourceResult))
+    elif index is not None:
         found = read_json(index)
-        tokens, examples, images = (found["train"][n] for n in ("tokens", "examples", "images"))
-        return Counted(
-            found["kind"],
-            tokens,
-            examples,
-            images,
-            longest=_longest_of(found["longest"]),
-            captions=found.get("captions"),
-            seen=found.get("seen", {}),
-        )
-    if (told := source.expected) is None:
+        held = found | {f"num_{name}": number for name, number in found["train"].items()}
+    elif source.expected is not None:
+        held = dict(source.expected)
+    else:
         return None
-    return Counted(told.kind, told.num_tokens, told.num_examples, told.num_images, expected=True)
+    return Counted(
+        held["kind"],
+        round(held["num_tokens"]),
+        held["num_examples"],
+        held["num_images"],
+        longest=_longest_of(held.get("longest", {})),
+        captions=held.get("captions"),
+        seen=held.get("seen", {}),
+        expected=not is_done and index is None,
+    )
 
 
 def _longest_of(longest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
@@ -209,18 +204,25 @@ def _prepared(stage: PrepareSource) -> Iterator[Problem]:
         what = f"{folder} is prepared as {index['kind']} and lies among the sources of {kind}"
         yield Problem(what, "move it to their folder")
     have, tokenizer = index["tokenizer"]["vocab_size"], stage.tokenizer.tokenizer
-    if isinstance(tokenizer, TrainedTokenizer):
-        told, differs = f"trained to {tokenizer.vocab_size:,} ids", have > tokenizer.vocab_size
-    elif tokenizer.sha256.startswith(PLANNED) or not tokenizer.path.is_file():
+    if (size := _num_ids(tokenizer)) is None:
         return
-    else:
-        told = f"{tokenizer.path} with {(size := num_ids(tokenizer.path)):,} ids"
-        differs = have != size
+    told, differs = f"trained to {size:,} ids", have > size
+    if isinstance(tokenizer, TokenizerFile):
+        told, differs = f"{tokenizer.path} with {size:,} ids", have != size
     if differs:
         yield Problem(
             f"{folder} is prepared with a tokenizer of {have:,} ids, the study's is {told}",
             f"prepare it with that one, or plan with the file {folder / 'tokenizer.json'}",
         )
+
+
+def _num_ids(tokenizer: Tokenizer) -> int | None:
+    """How many ids a tokenizer has, at the most where it is still to be trained; None of a file
+    that is not there."""
+    if isinstance(tokenizer, TrainedTokenizer):
+        return tokenizer.vocab_size
+    is_there = tokenizer.path.is_file() and not tokenizer.sha256.startswith(PLANNED)
+    return num_ids(tokenizer.path) if is_there else None
 
 
 def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
@@ -301,16 +303,13 @@ def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
 def _vocabulary(stage: Pretrain | Continue) -> Iterator[Problem]:
     """Ids that a decoder which begins anew has no row for."""
     tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
-    if isinstance(tokenizer, TrainedTokenizer):
-        number, told = tokenizer.vocab_size, "the tokenizer is trained to"
-        remedy = "raise the decoder's vocab_size, or lower the tokenizer's"
-    elif tokenizer.sha256.startswith(PLANNED) or not tokenizer.path.is_file():
+    if (number := _num_ids(tokenizer)) is None or number <= size:
         return
-    else:
-        number, told = num_ids(tokenizer.path), f"with the separator {tokenizer.path} has"
-        remedy = "raise the decoder's vocab_size to that"
-    if number > size:
-        yield Problem(f"{told} {number:,} ids, the decoder has {size:,}", remedy)
+    told, remedy = "the tokenizer is trained to", ", or lower the tokenizer's"
+    if isinstance(tokenizer, TokenizerFile):
+        told, remedy = f"with the separator {tokenizer.path} has", " to that"
+    what = f"{told} {number:,} ids, the decoder has {size:,}"
+    yield Problem(what, f"raise the decoder's vocab_size{remedy}")
 
 
 def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Iterator[Problem]:
@@ -337,7 +336,10 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
                 yield replace(Problem.of(reason), level=level)
                 continue
             if pool < examples:
-                doubt = _doubt(source.tokens * pool // examples, pool)
+                # The captions of a part may miss what they hold on average by three standard
+                # errors of lengths that spread as far as their mean.
+                part = source.tokens * pool // examples
+                doubt = min(part // 2, round(3 * part / sqrt(pool)))
             tokens, examples, pooled = tokens * pool // examples, pool, f"the pool of {pool:,} of "
         if not source.examples or not tokens:
             what = f"source {need.source!r} holds no example"
@@ -362,12 +364,6 @@ def _budget(sources: Mapping[str, Counted], patches: int, stage: Trained) -> Ite
             key=f"budget {stage.data.source(need.source).name} {patches} {pooled}".rstrip(),
             weight=passes,
         )
-
-
-def _doubt(tokens: int, pool: int) -> int:
-    """By how much the captions of a part of a source may miss what they hold on average: three
-    standard errors of lengths that spread as far as their mean."""
-    return min(tokens // 2, round(3 * tokens / sqrt(pool)))
 
 
 def _longest(name: str, source: Counted, patches: int, stage: Trained) -> Iterator[Problem]:

@@ -8,26 +8,32 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from midstream.config import ContinuedCosine, EncoderConfig, FusedEncoder, Machine
+from midstream.config import (
+    Config,
+    ContinuedCosine,
+    EncoderConfig,
+    FusedEncoder,
+    Machine,
+    VLMConfig,
+)
 from midstream.config.training import check_start, rate_at
 from midstream.core.storage import write_json
 from midstream.core.tokens import rounded
 from midstream.cost import GPUS
-from midstream.cost.graph import Plan, missing_inputs
+from midstream.cost.graph import Plan, PlanRow, missing_inputs
 from midstream.cost.known import Number
 from midstream.cost.pictures import feature_plan
 from midstream.cost.price import Fleet, price
 from midstream.cost.questions import NOTE, Sizes, noted, requests_of
 from midstream.launch.check_data import Problem, data_problems, merged
 from midstream.launch.workers import Event, ask, worker_environment
-from midstream.study.imported import ImportRecord, read_import, what_can_run
+from midstream.study.imported import ImportRecord, read_planned, what_can_run
 from midstream.study.label import label
 from midstream.study.stages import (
     PLANNED,
@@ -62,33 +68,32 @@ def read_tasks(stages: Iterable[Stage], ledger: Ledger) -> ReadTasks:
     The readers import more than a plan may: a process of its own reads. What was read whole is
     noted in the store by the digest of all its files, with its size, and not read again.
     """
-    asked: dict[str, tuple[dict[str, Any], list[str]]] = {}
-    digests: dict[str, str | None] = {}
+    asked: dict[str, tuple[dict[str, Any], str | None, list[str]]] = {}
     for stage in stages:
         if isinstance(stage, Evaluate):
             for request in requests_of(stage):
                 if not Path(request["world"]).is_dir():
                     break
-                key = json.dumps(request)
-                asked.setdefault(key, (request, []))[1].append(label(stage))
-                digests[key] = stage.of.data.world.benchmark_part(request["task"])
+                part = stage.of.data.world.benchmark_part(request["task"])
+                asked.setdefault(json.dumps(request), (request, part, []))[2].append(label(stage))
     known = noted(ledger)
     unread = [
         key
-        for key in asked
-        if digests[key] is None or known.get(key, {}).get("digest") != digests[key]
+        for key, (_, part, _) in asked.items()
+        if part is None or known.get(key, {}).get("digest") != part
     ]
     if not unread:
         return ReadTasks((), {})
     problems, sizes = list[Problem](), dict[str, dict[str, Any]]()
     passed: dict[str, dict[str, Any]] = {}
     for key, told in zip(unread, _read([asked[key][0] for key in unread]), strict=True):
-        if told["error"] is None:
-            sizes[key] = told["size"]
-            if (mark := digests[key]) is not None:
-                passed[key] = {"digest": mark, "size": told["size"]}
+        _, part, stages_of = asked[key]
+        if told["error"] is not None:
+            problems.append(Problem.of(told["error"], REMEDY, *stages_of))
             continue
-        problems.append(Problem.of(told["error"], REMEDY, *asked[key][1]))
+        sizes[key] = told["size"]
+        if part is not None:
+            passed[key] = {"digest": part, "size": told["size"]}
     if passed and ledger.store.is_dir() and os.access(ledger.store, os.W_OK):
         write_json(ledger.store / NOTE, {**known, **passed})
     return ReadTasks(tuple(problems), sizes)
@@ -118,18 +123,11 @@ def _read(requests: Sequence[dict[str, Any]]) -> list[Event]:
 
 # What a tower's weights are shaped and read by; how pictures are shown to it is the recipe's.
 TOWER_FIELDS = (
-    "family",
-    "patch_size",
-    "hidden_size",
-    "num_heads",
-    "intermediate_size",
-    "num_registers",
-    "ffn",
-    "position_patches",
+    *("family", "patch_size", "hidden_size", "num_heads", "intermediate_size"),
+    *("num_registers", "ffn", "position_patches"),
 )
 # Of fields that differ, so many are told.
 MAX_FIELDS = 4
-GIB = 2**30
 
 
 def problems(
@@ -142,12 +140,11 @@ def problems(
     data are read by a process of its own, unless they were read before as they are now.
     """
     stages = [row.stage for row in plan.to_run]
+    tokens_of = {row.stage.name: row.cost.tokens for row in plan.rows}
     found = [
         *(one for study in plan.study.studies for one in exhibits(study)),
         *lacking(plan.study),
-        *_imports(stages),
-        *_milestones(stages),
-        *_starts(plan),
+        *(problem for row in plan.to_run for problem in _chain(row, tokens_of)),
         *data_problems(stages, ledger),
         *(read or read_tasks(stages, ledger)).problems,
         *([] if needed_bytes is None else _disk(ledger, needed_bytes)),
@@ -219,15 +216,12 @@ def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
         place = place.parent
     free = shutil.disk_usage(place).free
     if needed > free:
+        grow, room = (rounded(size / 2**30, 0.01) for size in (needed, free))
         yield Problem(
-            f"{ledger.store} may grow by {_gib(needed)} GiB, {_gib(free)} GiB are free on its disk",
+            f"{ledger.store} may grow by {grow} GiB, {room} GiB are free on its disk",
             "make room, or give a --store on another disk",
             level="lacking",
         )
-
-
-def _gib(size: Number) -> str:
-    return rounded(size / GIB, 0.01)
 
 
 def _text_before(stage: Stage) -> tuple[Pretrain, float] | None:
@@ -236,86 +230,81 @@ def _text_before(stage: Stage) -> tuple[Pretrain, float] | None:
     return (before[0], before[1]) if before and isinstance(before[0], Pretrain) else None
 
 
-def _milestones(stages: Iterable[Stage]) -> Iterator[Problem]:
-    for stage in stages:
-        if (before := _text_before(stage)) is None:
-            continue
-        text, share = before
-        # As folders of milestones are named.
-        kept = [f"{milestone * 100:g}" for milestone in text.milestones if milestone]
-        if not share:
-            yield Problem(
-                f"{label(text)} keeps no weights from before its first step",
-                "begin with start=FromScratch() in place of ContinueFrom(completion=0)"
-                if isinstance(stage, Continue)
-                else "evaluate a milestone above 0",
-                (label(stage),),
-            )
-        elif f"{share * 100:g}" not in kept:
-            yield Problem(
-                f"{label(text)} keeps its weights at {', '.join(kept)} %, not at {share * 100:g} %",
-                f"add {share:g} to its milestones, or choose one of those",
-                (label(stage),),
-            )
+def _chain(row: PlanRow, tokens_of: Mapping[str, int | None]) -> Iterator[Problem]:
+    """What a stage takes over that is not there, or that it cannot go on from."""
+    stage = row.stage
+    for problem in (*_imports(stage), *_milestone(stage), *_start(stage, tokens_of)):
+        yield replace(problem, stages=(label(stage),))
 
 
-def _starts(plan: Plan) -> Iterator[Problem]:
-    """Schedules that cannot start where they would have to."""
-    tokens_of = {row.stage.name: row.cost.tokens for row in plan.rows}
-    for stage in (row.stage for row in plan.to_run):
-        if not isinstance(stage, Pretrain | Continue | Finetune):
-            continue
-        before, rate = came_from(stage), None
-        if (milestone := _text_before(stage)) is not None:
-            text, share = milestone
-            tokens, training = tokens_of[text.name], text.training
-            if not tokens:
-                continue
-            # Beyond a warm-up rates only fall; within one the milestone's is at most so high.
-            ahead = 2 * training.rows.row_length * training.rows.batch_rows
-            rate = rate_at(training.schedule, int(share * tokens), tokens, step_tokens=ahead)
-        elif before is not None and isinstance(before[0], LoadDecoder | LoadModel):
-            record = _record(before[0].checkpoint)
-            if isinstance(record, ImportRecord) and record.position is not None:
-                rate = record.position.rate
-            elif not isinstance(record, ImportRecord):
-                continue
-        elif before is not None:
-            continue  # Both stages' own values say it, when they are made.
-        try:
-            goes_on = isinstance(stage.training.schedule, ContinuedCosine)
-            where = label(before[0] if before is not None and goes_on else stage)
-            check_start(stage.training.schedule, rate, where)
-        except ValueError as reason:
-            yield Problem.of(reason, "", label(stage))
+def _milestone(stage: Stage) -> Iterator[Problem]:
+    if (before := _text_before(stage)) is None:
+        return
+    text, share = before
+    # As folders of milestones are named.
+    kept = [f"{milestone * 100:g}" for milestone in text.milestones if milestone]
+    if not share:
+        yield Problem(
+            f"{label(text)} keeps no weights from before its first step",
+            "begin with start=FromScratch() in place of ContinueFrom(completion=0)"
+            if isinstance(stage, Continue)
+            else "evaluate a milestone above 0",
+        )
+    elif f"{share * 100:g}" not in kept:
+        yield Problem(
+            f"{label(text)} keeps its weights at {', '.join(kept)} %, not at {share * 100:g} %",
+            f"add {share:g} to its milestones, or choose one of those",
+        )
 
 
-def _imports(stages: Iterable[Stage]) -> Iterator[Problem]:
+def _start(stage: Stage, tokens_of: Mapping[str, int | None]) -> Iterator[Problem]:
+    """A schedule that cannot start where it would have to."""
+    if not isinstance(stage, Pretrain | Continue | Finetune):
+        return
+    before, rate = came_from(stage), None
+    if (milestone := _text_before(stage)) is not None:
+        text, share = milestone
+        if not (tokens := tokens_of[text.name]):
+            return
+        # Beyond a warm-up rates only fall; within one the milestone's is at most so high.
+        ahead = 2 * text.training.rows.row_length * text.training.rows.batch_rows
+        rate = rate_at(text.training.schedule, int(share * tokens), tokens, step_tokens=ahead)
+    elif before is not None and isinstance(before[0], LoadDecoder | LoadModel):
+        if not isinstance(record := _record(before[0].checkpoint), ImportRecord):
+            return
+        rate = None if record.position is None else record.position.rate
+    elif before is not None:
+        return  # Both stages' own values say it, when they are made.
+    try:
+        goes_on = isinstance(stage.training.schedule, ContinuedCosine)
+        where = label(before[0] if before is not None and goes_on else stage)
+        check_start(stage.training.schedule, rate, where)
+    except ValueError as reason:
+        yield Problem.of(reason)
+
+
+def _imports(stage: Stage) -> Iterator[Problem]:
     """Imported folders that are not there, were imported anew, or hold another model."""
-    for stage in stages:
-        parts: list[tuple[Imported, str, Callable[[ImportRecord], str]]] = []
-        match stage:
-            case LoadDecoder():
-                parts = [(stage.checkpoint, "decoder", partial(_differ, dict(stage.decoder)))]
-            case LoadModel():
-                parts = [(stage.checkpoint, "model", partial(_model_differs, stage))]
-            case LoadEncoder():
-                encoder = stage.encoder
-                towers = encoder.towers if isinstance(encoder, FusedEncoder) else (encoder,)
-                parts = [
-                    (imported, "encoder", partial(_tower_differs, tower))
-                    for imported, tower in zip(stage.towers, towers, strict=True)
-                ]
-        for imported, part, differs in parts:
-            record = _record(imported)
-            if isinstance(record, str):
-                yield Problem.of(record, "import the checkpoint again", label(stage))
-            elif record is not None and (other := differs(record)):
-                yield Problem(
-                    f"{imported.folder} holds another {part} than the recipe takes: {other}",
-                    f"give the folder of that {part}, or a scale that is made of this one",
-                    (label(stage),),
-                )
+    parts: list[tuple[Imported, str, Config]] = []
+    match stage:
+        case LoadDecoder():
+            parts = [(stage.checkpoint, "decoder", stage.decoder)]
+        case LoadModel():
+            parts = [(stage.checkpoint, "model", stage.model)]
+        case LoadEncoder():
+            encoder = stage.encoder
+            towers = encoder.towers if isinstance(encoder, FusedEncoder) else (encoder,)
+            pairs = zip(stage.towers, towers, strict=True)
+            parts = [(imported, "encoder", tower) for imported, tower in pairs]
+    for imported, part, wanted in parts:
+        record = _record(imported)
+        if isinstance(record, str):
+            yield Problem.of(record, "import the checkpoint again")
+        elif record is not None and (other := _differences(wanted, record)):
+            yield Problem(
+                f"{imported.folder} holds another {part} than the recipe takes: {other}",
+                f"give the folder of that {part}, or a scale that is made of this one",
+            )
 
 
 def _record(imported: Imported) -> ImportRecord | str | None:
@@ -324,44 +313,27 @@ def _record(imported: Imported) -> ImportRecord | str | None:
     if imported.content.startswith(PLANNED):
         return None
     try:
-        record = read_import(imported.folder)
+        return read_planned(imported)
     except (FileNotFoundError, ValueError) as reason:
         return str(reason)
-    if record.content != imported.content:
-        return (
-            f"{imported.folder} holds {record.content}, the plan was made with {imported.content}; "
-            "plan again, or import the same checkpoint again"
-        )
-    return record
 
 
-def _tower_differs(tower: EncoderConfig, record: ImportRecord) -> str:
-    """In which fields the weights are not those of a tower; empty where they fit."""
-    there = record.config
-    if not isinstance(there, EncoderConfig):
-        return "it is a language model"
-    wanted, held = ({name: getattr(one, name) for name in TOWER_FIELDS} for one in (tower, there))
-    # Blocks above the one that features are taken from may be missing.
-    blocks = tower.num_layers + 1 + tower.feature_layer
-    if blocks > there.num_layers:
-        wanted, held = wanted | {"num_layers": blocks}, held | {"num_layers": there.num_layers}
-    return _differences(wanted, held)
-
-
-def _model_differs(stage: LoadModel, record: ImportRecord) -> str:
-    """In which parts a folder holds another model; empty where it is the one."""
-    if record.model is None:
+def _differences(wanted: Config, record: ImportRecord) -> str:
+    """The fields in which an imported folder holds something else: "hidden_size 2048 (it has
+    1024)"; empty where it is what is wanted."""
+    there: Config | None = record.model if isinstance(wanted, VLMConfig) else record.config
+    if there is None:
         return "it is no whole vision-language model"
-    return _differences(dict(stage.model), dict(record.model))
-
-
-def _differ(wanted: Mapping[str, object], record: ImportRecord) -> str:
-    return _differences(wanted, dict(record.config))
-
-
-def _differences(wanted: Mapping[str, object], held: Mapping[str, object]) -> str:
-    """The fields that differ: "hidden_size 2048 (it has 1024)"."""
-    differ = [name for name in wanted if wanted[name] != held.get(name)]
-    told = [f"{name} {wanted[name]} (it has {held.get(name)})" for name in differ[:MAX_FIELDS]]
+    fields, held = dict(wanted), dict(there)
+    if isinstance(wanted, EncoderConfig):
+        if not isinstance(there, EncoderConfig):
+            return "it is a language model"
+        fields, held = ({n: getattr(one, n) for n in TOWER_FIELDS} for one in (wanted, there))
+        # Blocks above the one that features are taken from may be missing.
+        blocks = wanted.num_layers + 1 + wanted.feature_layer
+        if blocks > there.num_layers:
+            fields, held = fields | {"num_layers": blocks}, held | {"num_layers": there.num_layers}
+    differ = [name for name in fields if fields[name] != held.get(name)]
+    told = [f"{name} {fields[name]} (it has {held.get(name)})" for name in differ[:MAX_FIELDS]]
     more = len(differ) - len(told)
     return ", ".join(told) + (f" and {more} more" if more > 0 else "")

@@ -42,11 +42,6 @@ def run(
     `command` stands in for that of a worker. Raises ValueError also if jobs of the store are in a
     cluster's queue, or if the workers need more GPUs than there are.
     """
-
-    def known() -> tuple[str, ...]:
-        require_no_jobs(ledger.store)
-        return ()
-
     return run_study(
         study,
         ledger,
@@ -54,7 +49,7 @@ def run(
         on_event,
         lambda work: gpu_shares(machine),
         lambda work, features: LocalBackend(ledger, machine, features.of, command),
-        known=known,
+        known=lambda: require_no_jobs(ledger.store),
         retry=retry,
         skip_checks=skip_checks,
     )

@@ -200,16 +200,9 @@ class Board:
 
 def overview_json(seen: Overview) -> dict[str, Any]:
     """An overview as plain values."""
-    stages = [asdict(view) for view in seen.stages]
-    return {
-        "study": seen.study,
-        "counts": seen.counts,
-        "num_blocked": seen.num_blocked,
-        "active": seen.active,
-        "seconds_left": seen.seconds_left,
-        "num_unestimated": seen.num_unestimated,
-        "stages": [stage.pop("sign") | stage for stage in stages],
-    }
+    values = asdict(seen)
+    stages = [stage.pop("sign") | stage for stage in values.pop("stages")]
+    return values | {"counts": seen.counts, "stages": stages}
 
 
 # Columns beside stage, state and done, and the width of a terminal below which each is left out.

@@ -340,8 +340,8 @@ def run_study(
     names, with the store held, stages that may be running already. Raises ValueError if another
     launcher holds the store, or if a stage still runs elsewhere.
     """
-    if skip_checks:
-        require_inputs(study)
+    for problem in lacking(study) if skip_checks else ():
+        raise ValueError(str(problem))
     before = plan(study, ledger)
     if not before.to_run:
         return Outcome(num_before=before.num_done)
@@ -367,12 +367,6 @@ def run_study(
                 problems_of_run(plan(study, ledger), ledger, machine)
             )
         return scheduler.run({} if retry else failed_before(work, ledger), work.num_done)
-
-
-def require_inputs(study: AnyStudy) -> None:
-    """Raises ValueError for a study that was planned without its data or checkpoints."""
-    for problem in lacking(study):
-        raise ValueError(str(problem))
 
 
 def require_not_running(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -21,6 +21,7 @@ from midstream.launch.slurm_job import (
     Entry,
     Job,
     JobBook,
+    Patience,
     StageJob,
     Unreachable,
     events_since,
@@ -28,7 +29,7 @@ from midstream.launch.slurm_job import (
 )
 from midstream.launch.submission import (
     MAX_ARRAY,
-    Refused,
+    refusals,
     shares_of,
     submit,
     tasks_before,
@@ -170,16 +171,21 @@ class SlurmBackend:
         self.forgotten: Counter[str] = Counter()
         # A SimpleQueue, since a signal handler may put into it while the main thread waits.
         self.inbox: SimpleQueue[tuple[Any, Event]] = SimpleQueue()
-        self.is_away, self.wait_seconds = False, 0.0
+        self.patience, self.wait_seconds = Patience(self._note), 0.0
+
+    @property
+    def is_away(self) -> bool:
+        """Whether Slurm does not answer."""
+        return self.patience.is_away
 
     def adopt(self, waiting: Mapping[str, PlanRow]) -> list[str] | None:
         """Find again what an earlier launcher has submitted; None while Slurm does not answer."""
-        with self._asking():
+        with self.patience.asking():
             self.book.drop_unsure()
-            live = {job.id: job.name for job in slurm_job.queue().values() if job.is_live}
+            jobs = slurm_job.queue()
             known, others = {row.stage.name for row in self.plan.rows}, []
             for name, entry in list(self.book.entries.items()):
-                alive = entry.job is not None and live.get(entry.job) == entry.name
+                alive = (job := entry.among(jobs)) is not None and job.is_live
                 if name in waiting and (alive or waiting[name].state != "failed"):
                     self.restarts[name] = entry.restarts
                     self.queued[name] = self._of(waiting[name])
@@ -188,10 +194,7 @@ class SlurmBackend:
                 else:
                     self.book.forget(name)
             if others:
-                count = counted(
-                    len(others), "job of another study goes", "jobs of another study go"
-                )
-                self._note(f"{count} on: {' '.join(others)}")
+                self._note(f"jobs of another study go on: {' '.join(others)}")
             if self.queued:
                 count = counted(len(self.queued), "stage")
                 self._note(f"the jobs of {count}, submitted before, are followed")
@@ -214,7 +217,7 @@ class SlurmBackend:
             key = (stage.kind, tuple(sorted(after)), self.restarts[stage.name])
             arrays.setdefault(key, []).append(stage)
         try:
-            with self._asking():
+            with self.patience.asking():
                 self.book.drop_unsure()
                 for (_, ids, restarts), stages in arrays.items():
                     # A source that tasks share has an array of its own.
@@ -234,7 +237,7 @@ class SlurmBackend:
             return
         except Empty:
             self.wait_seconds = self.settings.poll_seconds
-        with self._asking():
+        with self.patience.asking():
             for name, one in list(self.queued.items()):
                 for event in one.news(job_folder(self.store, name) / "events.jsonl"):
                     yield event | {"worker": self.numbers[name], "log": self._log(name)}
@@ -245,8 +248,7 @@ class SlurmBackend:
                 if name not in self.queued:
                     continue  # lost with a parent just now
                 entry = self.book.entries[name]
-                job = jobs.get(entry.job or "")
-                job = job if job is not None and job.name == entry.name else None
+                job = entry.among(jobs)
                 if job is None or not job.is_live:
                     yield from self._end(name, one, entry, job)
                 elif job.state == "PENDING" and job.reason != one.reason:
@@ -274,25 +276,9 @@ class SlurmBackend:
     def close(self, code: int) -> None:
         """Say how what is left to Slurm is followed, and ended."""
         if self.queued:
-            ids = " ".join(self._ids(self.queued))
             count = counted(len(self.queued), "job is", "jobs are")
-            self._note(
-                f"{count} left to Slurm: the same command follows them, scancel {ids} ends them"
-            )
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """While Slurm does not answer, the block ends; it is said once."""
-        try:
-            yield
-        except Unreachable as reason:
-            if not self.is_away:
-                self._note(f"{reason}; waiting until Slurm answers, its jobs go on")
-            self.is_away = True
-        else:
-            if self.is_away:
-                self._note("Slurm answers again")
-            self.is_away = False
+            ends = f"scancel {' '.join(self._ids(self.queued))} ends them"
+            self._note(f"{count} left to Slurm: the same command follows them, {ends}")
 
     def _end(self, name: str, one: Queued, entry: Entry, job: Job | None) -> Iterator[Event]:
         """A stage's job is not in the queue any more."""
@@ -381,18 +367,13 @@ class SlurmBackend:
             submit, folder, self.settings, asked, name, nodes=machine.nodes, cpus=cpus
         )
         tasks: str | None = None
-        try:
+        with refusals(self.book, f"{len(stages)} {kind} jobs"):
             if count := tasks_before(stages[0], self.settings):
                 shares = shares_of(stages[0], self.store, count, cpus)
                 tasks = hand_over(shares, after=",".join(waits) or None)[0].partition("_")[0]
                 # However they end: what they have not made is made by the stage's own job.
                 waits = [*waits, f"afterany:{tasks}"]
             ids = hand_over(functions, after=",".join(waits) or None)
-        except Refused as text:
-            self.book.drop_unsure()
-            raise ValueError(
-                f"sbatch refused {len(stages)} {kind} jobs: {text}; {text.remedy}"
-            ) from None
         self.book.note(
             {one: Entry(name, job, restarts, tasks) for one, job in zip(names, ids, strict=True)}
         )
@@ -422,11 +403,8 @@ def run_on_slurm(
     """
 
     def require(work: Plan) -> None:
-        try:
-            kinds = {row.stage.kind for row in work.to_run}
-            slurm_job.require_slurm(settings.resources(kind) for kind in kinds)
-        except Unreachable as reason:
-            raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
+        kinds = {row.stage.kind for row in work.to_run}
+        slurm_job.require_slurm(settings.resources(kind) for kind in kinds)
         num_jobs = sum(1 + tasks_before(row.stage, settings) for row in work.to_run)
         if detach and num_jobs > settings.max_jobs:
             raise ValueError(

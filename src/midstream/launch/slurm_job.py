@@ -8,10 +8,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 from midstream.config import Machine, SlurmResources
 from midstream.core.storage import append_line, read_json, write_json
 from midstream.launch.workers import STOPPED_EXIT_CODE, Event, Worker, event_of, write_work
-from midstream.study.label import label
+from midstream.study.label import label, nearest
 from midstream.study.lease import STALE_SECONDS, is_held
 from midstream.study.stages import Stage, stage_from_json
 from midstream.study.store import Ledger
@@ -32,16 +31,8 @@ ANSWER_SECONDS = 120.0
 DEFAULT = "the default partition"
 # States of a job that has ended and will not begin again by itself.
 ENDED = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "REVOKED",
-    "TIMEOUT",
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 }
 # Why Slurm cancels a job: the one that it waited for will not end well, though its stage may yet.
 NEVER = "DependencyNeverSatisfied"
@@ -55,6 +46,27 @@ REMEDIES = {
 
 class Unreachable(Exception):  # noqa: N818 - it says what is wrong
     """Slurm's controller does not answer; it may come back."""
+
+
+class Patience:
+    """Says once that Slurm does not answer (`is_away`), and once that it does again."""
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        self.tell, self.is_away = tell, False
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """A block that asks Slurm; it ends where that does not answer."""
+        try:
+            yield
+        except Unreachable as reason:
+            if not self.is_away:
+                self.tell(f"{reason}; waiting until Slurm answers, its jobs go on")
+            self.is_away = True
+        else:
+            if self.is_away:
+                self.tell("Slurm answers again")
+            self.is_away = False
 
 
 @dataclass(frozen=True)
@@ -74,19 +86,16 @@ class Job:
 
     def sentence(self) -> str:
         """How it ended, and what may help."""
-        code = f"exit code {self.exit_code}" if self.exit_code else ""
-        reason = "" if self.reason in ("", "None") else self.reason
-        parts = ", ".join(part for part in (code, reason) if part)
-        remedy = REMEDIES.get(self.state, "")
-        text = f"Slurm ended job {self.id} as {self.state}" + (f" ({parts})" if parts else "")
-        return f"{text}: {remedy}" if remedy else text
+        parts = [f"exit code {self.exit_code}"] if self.exit_code else []
+        parts += [self.reason] if self.reason not in ("", "None") else []
+        text = f"Slurm ended job {self.id} as {self.state}"
+        text += f" ({', '.join(parts)})" if parts else ""
+        return f"{text}: {REMEDIES[self.state]}" if self.state in REMEDIES else text
 
 
 def require_slurm(asked: Iterable[SlurmResources]) -> None:
-    """Raises ValueError where Slurm's commands or submitit are missing, or a partition that is
-    asked for does not exist or gives less time: a job would wait there for ever.
-
-    Raises Unreachable if the controller does not answer.
+    """Raises ValueError where Slurm's commands or submitit are missing or do not answer, or a
+    partition that is asked for does not exist or gives less time: a job would wait there for ever.
     """
     missing = [name for name in COMMANDS if shutil.which(name) is None]
     if missing:
@@ -102,7 +111,11 @@ def require_slurm(asked: Iterable[SlurmResources]) -> None:
             "pip install 'midstream[cluster]'"
         ) from None
     minutes: dict[str, float] = {}
-    for partition, limit in columns(ask("sinfo", "--noheader", "--all", "--format=%P|%l"), 2):
+    try:
+        told = ask("sinfo", "--noheader", "--all", "--format=%P|%l")
+    except Unreachable as reason:
+        raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
+    for partition, limit in columns(told, 2):
         minutes[partition.removesuffix("*")] = limit_minutes(limit)
         if partition.endswith("*"):
             minutes[DEFAULT] = limit_minutes(limit)
@@ -119,11 +132,9 @@ def require_slurm(asked: Iterable[SlurmResources]) -> None:
                 )
             if name not in minutes and name != DEFAULT:
                 known = sorted(minutes.keys() - {DEFAULT})
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(
-                    f"Slurm has no partition {name!r}; {hint}it has {', '.join(known)}: choose one "
-                    "with --slurm-set partition=NAME"
+                    f"Slurm has no partition {name!r}; {nearest(name, known)}it has "
+                    f"{', '.join(known)}: choose one with --slurm-set partition=NAME"
                 )
 
 
@@ -133,18 +144,14 @@ def limit_minutes(limit: str) -> float:
     parts = rest.split(":")
     if not all(part.isdigit() for part in parts):  # infinite, n/a
         return math.inf
-    values = [0.0, 0.0, *(float(part) for part in parts)][-3:]
-    hours, minutes, seconds = values
+    hours, minutes, seconds = [0.0, 0.0, *(float(part) for part in parts)][-3:]
     return (int(days) if dash else 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def queue() -> dict[str, Job]:
     """This user's jobs by id, each of an array apart; with those that ended lately."""
     asked = ("--array", "--states=all", "--format=%i|%j|%T|%r", f"--user={os.geteuid()}")
-    jobs = {}
-    for job in (Job(*parts) for parts in columns(ask("squeue", "--noheader", *asked), 4)):
-        jobs[job.id] = job
-    return jobs
+    return {parts[0]: Job(*parts) for parts in columns(ask("squeue", "--noheader", *asked), 4)}
 
 
 def ended_job(job_id: str, name: str, seen: Job | None) -> Job | None:
@@ -208,6 +215,11 @@ class Entry:
     restarts: int = 0
     tasks: str | None = None
 
+    def among(self, jobs: Mapping[str, Job]) -> Job | None:
+        """Its job in the queue; one of its id and another name is not."""
+        job = jobs.get(self.job or "")
+        return job if job is not None and job.name == self.name else None
+
 
 @dataclass
 class JobBook:
@@ -230,8 +242,7 @@ class JobBook:
     def note(self, entries: dict[str, Entry]) -> None:
         """Add entries, or change them."""
         self.entries |= entries
-        told = {"jobs": {name: asdict(one) for name, one in self.entries.items()}}
-        write_json(self.path, told)
+        write_json(self.path, {"jobs": {name: asdict(one) for name, one in self.entries.items()}})
 
     def forget(self, *names: str) -> None:
         """These stages have no job any more."""
@@ -247,11 +258,11 @@ class JobBook:
                 self.forget(name)
 
 
-def require_no_jobs(store: Path) -> None:
-    """Raises ValueError if jobs of this store, or source, are in Slurm's queue, or may be."""
+def require_no_jobs(store: Path) -> tuple[()]:
+    """No names; ValueError if jobs of this store, or source, are in Slurm's queue, or may be."""
     book = JobBook.of(store)
     if not book.entries:
-        return
+        return ()
     try:
         jobs = queue()
     except (Unreachable, FileNotFoundError) as reason:
@@ -267,6 +278,7 @@ def require_no_jobs(store: Path) -> None:
             f"{len(live)} jobs of {store} are in Slurm's queue; follow them with --slurm, or "
             f"end them: scancel {' '.join(live)}"
         )
+    return ()
 
 
 def job_folder(store: Path, stage: str) -> Path:
@@ -322,8 +334,8 @@ def queue_again(
     os._exit(STOPPED_EXIT_CODE)
 
 
-class StageFailed(Exception):  # noqa: N818 - the stage's own error is told before
-    """Ends a job whose stage failed: what waits for it must know."""
+class JobFailed(Exception):  # noqa: N818 - the stage's, or work's, own error
+    """Ends a job whose stage or work did not end well: what waits for it must know."""
 
 
 @dataclass(frozen=True)
@@ -357,8 +369,7 @@ class _Run:
 
         self.job, self.stage, self.ledger = job, stage, ledger
         self.place = submitit.JobEnvironment()
-        self.is_first = self.place.node == 0
-        self.files = job_folder(job.store, stage.name)
+        self.is_first, self.files = self.place.node == 0, job_folder(job.store, stage.name)
         self.events = self.files / "events.jsonl"
         self.inbox: SimpleQueue[tuple[Worker | None, Event]] = SimpleQueue()
         self.is_stopping = False
@@ -384,9 +395,8 @@ class _Run:
         path = self.files / f"worker-{node}.json"
         work = write_work(path, self.job.store, machine, line)
         command = (*self.job.command, str(work)) if self.job.command else None
-        is_group = machine.world_size > 1
-        log, put = self.files / f"worker-{node}.log", self.inbox.put
-        worker = Worker(node, work, log, machine, put, is_group, command)
+        log, is_group = self.files / f"worker-{node}.log", machine.world_size > 1
+        worker = Worker(node, work, log, machine, self.inbox.put, is_group, command)
         code = self._follow(worker)
         # The ranks of node 0 say how it went; torchrun ends with 1 after a good stop as well.
         if self.is_first and not self.ledger.is_done(self.stage):
@@ -418,12 +428,11 @@ class _Run:
                     self.keep({**event, "job": self.place.job_id, "host": self.place.hostname})
 
     def _end(self, worker: Worker, code: int) -> None:
-        """Raises StageFailed, or leaves to be queued again."""
-        state = self.finished["state"] if self.finished else None
-        if state == "failed":
-            assert self.finished is not None
-            raise StageFailed(f"{label(self.stage)}: {self.finished['error']}")
-        if state == "stopped" or self.is_stopping:
+        """Raises JobFailed, or leaves to be queued again."""
+        finished = self.finished or {"state": None}
+        if finished["state"] == "failed":
+            raise JobFailed(f"{label(self.stage)}: {finished['error']}")
+        if finished["state"] == "stopped" or self.is_stopping:
             queue_again(self.place.job_id, label(self.stage), "told to stop", self._note_requeue)
         error = worker.why(code, "ask for more memory")
         events, _ = events_since(self.events, 0)
@@ -433,7 +442,7 @@ class _Run:
             queue_again(self.place.job_id, label(self.stage), error, self._note_requeue)
         with suppress(ValueError):  # a process that it left behind still holds the stage
             self.ledger.mark_failed(self.stage, error)
-        raise StageFailed(f"{label(self.stage)}: {error}")
+        raise JobFailed(f"{label(self.stage)}: {error}")
 
     def _note_requeue(self, why: str) -> None:
         self.keep({"event": "requeued", "why": why, "job": self.place.job_id})

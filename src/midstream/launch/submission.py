@@ -13,7 +13,7 @@ from typing import Any
 from midstream.config import SlurmResources, SlurmSettings
 from midstream.core.storage import read_json, write_json
 from midstream.launch import workers
-from midstream.launch.slurm_job import Unreachable, job_folder, queue_again
+from midstream.launch.slurm_job import JobBook, JobFailed, Unreachable, job_folder, queue_again
 from midstream.study.stages import PrepareSource, Stage
 
 # The most jobs of one array (Slurm's own MaxArraySize is 1001 where nothing else is said).
@@ -60,6 +60,17 @@ class Refused(Exception):  # noqa: N818 - it says what sbatch says
         """The option that may change that."""
         names = (name for said, name in AT_FAULT.items() if re.search(said, str(self)))
         return f"change --slurm-set {next(names, 'NAME=VALUE')}"
+
+
+@contextmanager
+def refusals(book: JobBook, what: str) -> Iterator[None]:
+    """Within the block jobs that the book names are submitted; ValueError with sbatch's own words
+    if it refuses, and those whose submission was cut off are ended."""
+    try:
+        yield
+    except Refused as text:
+        book.drop_unsure()
+        raise ValueError(f"sbatch refused {what}: {text}; {text.remedy}") from None
 
 
 @contextmanager
@@ -138,10 +149,6 @@ def submit(
     return [str(job.job_id) for job in jobs]
 
 
-class WorkFailed(Exception):  # noqa: N818 - the work's own error
-    """Ends a job whose work did not end well: what waits for it must know."""
-
-
 @dataclass(frozen=True)
 class WorkJob:
     """Has the work `name` of `launch/workers.py` done, one that resumes; called in the job.
@@ -168,7 +175,7 @@ class WorkJob:
 
             queue_again(submitit.JobEnvironment().job_id, self.name, "told to stop")
         if last["event"] != "done":
-            raise WorkFailed(last.get("error") or last["event"])
+            raise JobFailed(last.get("error") or last["event"])
 
     def checkpoint(self) -> Any:
         """What submitit queues again when it is warned."""

@@ -4,7 +4,6 @@ import errno
 import os
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,10 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from midstream.core.tokens import counted
-from midstream.cost.graph import Plan, older_stages
+from midstream.cost.graph import older_stages
 from midstream.launch.check_data import Level, Problem
 from midstream.launch.workers import Event
-from midstream.study.results import StageResult
 from midstream.study.store import Ledger, State
 
 # Where standard output is no terminal, a stage prints its progress this often.
@@ -104,55 +102,59 @@ def _print(console: Console, text: str) -> None:
     console.print(f"{stamp} {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-class _Bars:
+class _Display:
+    """What a run's events look like; it counts the stages that are done."""
+
+    num_stages = num_done = 0
+
+    def show(self, event: Event) -> None:
+        """Show an event of the launcher."""
+        if event["event"] == "plan":
+            self.num_stages, self.num_done = event["num_stages"], event["num_done"]
+        elif event["event"] == "finished":
+            self.num_done += event["state"] == "done"
+        self.draw(event, event.get("stage", ""))
+
+    def draw(self, event: Event, stage: str) -> None:
+        """Show an event that has been counted."""
+        raise NotImplementedError
+
+
+class _Bars(_Display):
     """One bar for the stages and one for each that runs."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
         self.running: dict[str, TaskID] = {}
-        self.num_stages = self.num_done = 0
 
-    def show(self, event: Event) -> None:
-        """Show an event of the launcher."""
-        stage = event.get("stage", "")
+    def draw(self, event: Event, stage: str) -> None:
         match event["event"]:
             case "plan":
-                self.num_stages, self.num_done = event["num_stages"], event["num_done"]
                 self.overall = self.bars.add_task("stages", total=self.num_stages, details="")
             case "started":
                 self.running[stage] = self.bars.add_task(escape(stage), total=1.0, details="")
             case "progress" if stage in self.running:
                 task, details = self.running[stage], _details(event)
                 self.bars.update(task, completed=event["done"], details=details)
-            case "finished":
-                if stage in self.running:
-                    self.bars.remove_task(self.running.pop(stage))
-                self.num_done += event["state"] == "done"
-                if event["state"] != "done":
-                    self.bars.console.print(_told(event), markup=False)
-            case "stopping" | "note":
-                self.bars.console.print(_told(event), markup=False)
+            case "finished" if stage in self.running:
+                self.bars.remove_task(self.running.pop(stage))
+        if event["event"] in ("stopping", "note") or event.get("state", "done") != "done":
+            self.bars.console.print(_told(event), markup=False)
         if event["event"] in ("plan", "finished"):
             details = f"{self.num_done}/{self.num_stages}"
             self.bars.update(self.overall, completed=self.num_done, details=details)
 
 
-class _Lines:
+class _Lines(_Display):
     """A line when a stage starts and ends, and one every QUIET_SECONDS between."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.last: dict[str, float] = {}
-        self.num_stages = self.num_done = 0
 
-    def show(self, event: Event) -> None:
-        """Show an event of the launcher."""
-        kind, stage, now = event["event"], event.get("stage", ""), time.monotonic()
-        text = _told(event)
-        if kind == "plan":
-            self.num_stages, self.num_done = event["num_stages"], event["num_done"]
-        elif kind == "finished":
-            self.num_done += event["state"] == "done"
+    def draw(self, event: Event, stage: str) -> None:
+        kind, text, now = event["event"], _told(event), time.monotonic()
+        if kind == "finished":
             text += f" ({self.num_done}/{self.num_stages})"
         elif kind == "progress" and now - self.last.get(stage, 0.0) < QUIET_SECONDS:
             return
@@ -240,23 +242,3 @@ def print_results(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         )
     console.print(table)
     console.print("vision, text: stable scores in points (mean of score minus chance, times 100)")
-
-
-class PeakMemory:
-    """Adds up, over the workers that ran, the most memory a stage of each one took."""
-
-    def __init__(self) -> None:
-        self.stages: dict[int, list[str]] = defaultdict(list)
-
-    def note(self, event: Event) -> None:
-        """Remember which worker finished which stage."""
-        if event["event"] == "finished" and event["state"] == "done":
-            self.stages[event["worker"]].append(event["stage"])
-
-    def total_bytes(self, plan: Plan, ledger: Ledger) -> int:
-        """The sum over the workers, from the stages' results."""
-        stages = {row.stage.name: row.stage for row in plan.rows}
-        return sum(
-            max(ledger.result(stages[name], StageResult).peak_memory_bytes for name in names)
-            for names in self.stages.values()
-        )

@@ -5,12 +5,12 @@ A field is the stage's kind and its path: `continue.training.schedule.end_rate`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from typing import Any
 
 from pydantic import BaseModel
 
+from midstream.study.label import nearest
 from midstream.study.stages import DataStage, Evaluate, Prepare, Stage, StageBase
 from midstream.study.studies import Axis as Value
 from midstream.study.studies import Line, line_name
@@ -64,13 +64,29 @@ def with_field(result: Evaluate, field: str, value: Any) -> Evaluate:
     kind, _, path = field.partition(".")
     kinds = _kinds(result)
     if kind not in kinds or not path:
-        near = get_close_matches(kind, kinds, n=1)
-        hint = f"did you mean {near[0]!r}? " if near and kind not in kinds else ""
+        hint = "" if kind in kinds else nearest(kind, kinds)
         raise ValueError(
             f"axis over {field!r}: a field begins with a kind of stage and a dot; {hint}this model "
             f"has {', '.join(kinds)}"
         )
-    changed = _rebuilt(result, kind, path.split("."), field, value, {})
+    done: dict[int, BaseModel] = {}
+
+    def rebuilt(model: BaseModel) -> BaseModel:
+        """The model with the field changed in every stage of that kind that it is or holds."""
+        if id(model) in done:
+            return done[id(model)]
+        values = {name: getattr(model, name) for name in type(model).model_fields}
+        parts = {name: part for name, part in values.items() if isinstance(part, BaseModel)}
+        changed = {n: new for n, part in parts.items() if (new := rebuilt(part)) is not part}
+        # At once: a stage that starts from another one of its kind is checked against it.
+        if isinstance(model, StageBase | Prepare) and getattr(model, "kind", None) == kind:
+            found = _with_path(model, values | changed, path.split("."), field, value)
+        else:
+            found = type(model)(**values | changed) if changed else model
+        done[id(model)] = found
+        return found
+
+    changed = rebuilt(result)
     assert isinstance(changed, Evaluate)
     return changed
 
@@ -89,46 +105,16 @@ def _kinds(result: Evaluate) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _rebuilt(
-    model: BaseModel,
-    kind: str,
-    path: Sequence[str],
-    field: str,
-    value: Any,
-    done: dict[int, BaseModel],
-) -> BaseModel:
-    """`model` with the field changed in every stage of that kind that it is or holds."""
-    if id(model) in done:
-        return done[id(model)]
-    values = {name: getattr(model, name) for name in type(model).model_fields}
-    changed = {
-        name: _rebuilt(part, kind, path, field, value, done)
-        for name, part in values.items()
-        if isinstance(part, BaseModel)
-    }
-    changed = {name: part for name, part in changed.items() if part is not values[name]}
-    found: BaseModel
-    # At once: a stage that starts from another one of its kind is checked against it.
-    if isinstance(model, StageBase | Prepare) and getattr(model, "kind", None) == kind:
-        found = _with_path(model, values | changed, path, field, value)
-    else:
-        found = type(model)(**values | changed) if changed else model
-    done[id(model)] = found
-    return found
-
-
 def _with_path(
     model: BaseModel, values: Mapping[str, Any], path: Sequence[str], field: str, value: Any
-) -> Any:
+) -> BaseModel:
     """A model like `model` with these values but one, checked as if it had been written so."""
     name, rest = path[0], path[1:]
     known = type(model).model_fields
     if name not in values:
-        near = get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"axis over {field!r}: {type(model).__name__} has no field {name!r}{hint} "
-            f"fields: {', '.join(known)}"
+            f"axis over {field!r}: {type(model).__name__} has no field {name!r}; "
+            f"{nearest(name, known, 0.5)}its fields are {', '.join(known)}"
         )
     part = values[name]
     if rest:

@@ -6,7 +6,7 @@ Identity covers what changes the result; equal identity means the same folder.
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -35,12 +35,40 @@ from midstream.core.identity import Placement, canonical, digest, fields_of
 # Begins what stands for a fingerprint or digest in a plan made without the data or checkpoint.
 PLANNED = "planned"
 # Not `Self`, which the tests' type checks of single methods cannot read.
-Own = TypeVar("Own", bound="StageBase")
-Value = TypeVar("Value", bound="Prepare")
+Own = TypeVar("Own", bound="Deriving")
 
 
-class StageBase(Config):
+class Deriving(Config):
+    """A value that keeps what follows from its fields: the attributes `DERIVED`."""
+
+    DERIVED: ClassVar[tuple[str, ...]] = ()
+
+    def model_copy(
+        self: Own, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> Own:
+        """A copy with other values, and therefore with all that follows from them anew."""
+        copied = super().model_copy(update=update, deep=deep)
+        for derived in self.DERIVED:
+            copied.__dict__.pop(derived, None)
+        return copied
+
+
+class OfWorld:
+    """What has to do with a `world`."""
+
+    if TYPE_CHECKING:
+        world: World
+
+    @property
+    def laid_out(self) -> "tuple[PrepareWorld, ...]":
+        """The stage that writes a generated world; none for a folder of a user."""
+        return () if isinstance(self.world, PublicFolder) else (_world_stage(self.world),)
+
+
+class StageBase(Deriving):
     """What all stages share: an identity and a folder name. Each has `parents`: what it reads."""
+
+    DERIVED: ClassVar[tuple[str, ...]] = ("identity", "_model")
 
     @cached_property
     def identity(self) -> str:
@@ -64,15 +92,6 @@ class StageBase(Config):
     def _reads(self) -> dict[str, Any]:
         """The identities of the data stages among the parents."""
         return {"reads": [p.identity for p in self.parents if isinstance(p, DataStage)]}
-
-    def model_copy(
-        self: Own, *, update: Mapping[str, Any] | None = None, deep: bool = False
-    ) -> Own:
-        """A copy with other values, and therefore with an identity and a model of its own."""
-        copied = super().model_copy(update=update, deep=deep)
-        for derived in ("identity", "_model"):
-            copied.__dict__.pop(derived, None)
-        return copied
 
     @property
     def name(self) -> str:
@@ -100,7 +119,7 @@ class PrepareWorld(StageBase):
         return ()
 
 
-class PrepareTokenizer(StageBase):
+class PrepareTokenizer(OfWorld, StageBase):
     """A tokenizer: a file's, or one trained on sources of `world`."""
 
     kind: Literal["prepare_tokenizer"] = "prepare_tokenizer"
@@ -121,16 +140,11 @@ class PrepareTokenizer(StageBase):
         return fields | ({"trained on": parts} if parts else {})
 
     @property
-    def laid_out(self) -> "tuple[PrepareWorld, ...]":
-        """The stage that writes a generated world; none for a folder of a user."""
-        return _laid_out(self.world)
-
-    @property
     def parents(self) -> "tuple[PrepareWorld, ...]":
         return self.laid_out if self.trained_on else ()
 
 
-class PrepareSource(StageBase):
+class PrepareSource(OfWorld, StageBase):
     """One source of a world, its examples indexed in the tokens of a tokenizer.
 
     `expected` is what plans count with until it is there.
@@ -148,21 +162,18 @@ class PrepareSource(StageBase):
         return {"source": self.source, "part": part, "tokenizer": self.tokenizer.identity}
 
     @property
-    def laid_out(self) -> "tuple[PrepareWorld, ...]":
-        """The stage that writes a generated world; none for a folder of a user."""
-        return _laid_out(self.world)
-
-    @property
     def parents(self) -> "tuple[PrepareWorld | PrepareTokenizer, ...]":
         return (*self.laid_out, self.tokenizer)
 
 
-class Prepare(Config):
+class Prepare(OfWorld, Deriving):
     """A world and a tokenizer: what stages name their sources in.
 
     Each source that a stage uses is a stage of its own (`source`), and so is the tokenizer; what
     no stage uses is never prepared. `expected` is what plans count with until sources are there.
     """
+
+    DERIVED: ClassVar[tuple[str, ...]] = ("vocabulary", "_sources")
 
     kind: Literal["prepare"] = "prepare"
     world: World
@@ -173,11 +184,6 @@ class Prepare(Config):
     def vocabulary(self) -> PrepareTokenizer:
         """The tokenizer's stage."""
         return PrepareTokenizer(world=self.world, tokenizer=self.tokenizer)
-
-    @property
-    def laid_out(self) -> tuple[PrepareWorld, ...]:
-        """The stage that writes a generated world; none for a folder of a user."""
-        return _laid_out(self.world)
 
     def source(self, name: str) -> PrepareSource:
         """The stage of one source, there or not."""
@@ -192,22 +198,9 @@ class Prepare(Config):
     def _sources(self) -> dict[str, PrepareSource]:
         return {}
 
-    def model_copy(
-        self: Value, *, update: Mapping[str, Any] | None = None, deep: bool = False
-    ) -> Value:
-        """A copy with other values, and therefore with stages of its own."""
-        copied = super().model_copy(update=update, deep=deep)
-        for made in ("vocabulary", "_sources"):
-            copied.__dict__.pop(made, None)
-        return copied
-
     def needed_by(self, training: Training) -> "tuple[PrepareTokenizer | PrepareSource, ...]":
         """The tokenizer, and the sources that a budget draws from."""
         return (self.vocabulary, *map(self.source, training.budget.source_names))
-
-
-def _laid_out(world: World) -> tuple[PrepareWorld, ...]:
-    return () if isinstance(world, PublicFolder) else (_world_stage(world),)
 
 
 @lru_cache(maxsize=64)

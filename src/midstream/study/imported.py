@@ -131,11 +131,17 @@ def load_model(folder: Path, data: Prepare) -> LoadModel:
 
 
 def open_imported(imported: Imported) -> ImportRecord:
-    """The record of a stage's imported folder, after checking all its bytes.
-
-    Raises CorruptError, or ValueError where the folder holds another import than was planned with.
-    """
+    """As `read_planned`, after checking all bytes of the folder; CorruptError for others."""
     verify(imported.folder)
+    return read_planned(imported)
+
+
+def read_planned(imported: Imported) -> ImportRecord:
+    """The record of a stage's imported folder.
+
+    Raises as `read_import`, and ValueError where the folder holds another import than was planned
+    with.
+    """
     record = read_import(imported.folder)
     if record.content != imported.content:
         raise ValueError(

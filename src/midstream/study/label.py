@@ -4,7 +4,8 @@ Folders keep their long names (`docs/store.md`).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import chain
 from typing import Any
 
@@ -73,7 +74,7 @@ _VALUE_LENGTH = 32
 
 def label(stage: Stage) -> str:
     """What the stage is, and its handle: "image-text, text 80 %, seed 7 · 018541f"."""
-    return joined(words(stage), handle(stage.identity))
+    return joined(words(stage), stage.identity)
 
 
 def labels(stages: Sequence[Stage]) -> dict[str, str]:
@@ -91,13 +92,8 @@ def labels(stages: Sequence[Stage]) -> dict[str, str]:
             seed = [part for part in parts[-1:] if part.startswith("seed ")]
             head = parts[: len(parts) - len(seed)]
             text = ", ".join((*head, *more, *seed))
-            found[stage.name] = joined(text, handle(stage.identity, length))
+            found[stage.name] = joined(text, stage.identity, length)
     return {stage.name: found[stage.name] for stage in stages}
-
-
-def handle(identity: str, digits: int = DIGITS) -> str:
-    """The first digits of an identity, by which commands know the stage."""
-    return identity[:digits]
 
 
 def digits_of(folder: str) -> str:
@@ -105,9 +101,9 @@ def digits_of(folder: str) -> str:
     return folder.rpartition("-")[2]
 
 
-def joined(text: str, short: str) -> str:
-    """Words and handle as they are printed together."""
-    return f"{text}{MARK}{short}"
+def joined(text: str, identity: str, digits: int = DIGITS) -> str:
+    """Words, and the first digits of an identity, by which commands know the stage."""
+    return f"{text}{MARK}{identity[:digits]}"
 
 
 def shortened(text: str, width: int) -> str:
@@ -119,20 +115,10 @@ def shortened(text: str, width: int) -> str:
     return f"{said[:room].rstrip(' ,')}…{MARK}{short}" if room > 0 else short[:width]
 
 
-def wrapped(text: str, width: int) -> str:
-    """A label in lines of so many columns: broken at commas, then before the handle, which is never
-    cut; a part that is longer still is shortened."""
-    lines = [""]
-    for part in text.split(", "):
-        longer = f"{lines[-1]}, {part}" if lines[-1] else part
-        lines = [*lines[:-1], longer] if len(longer) <= width or not lines[-1] else [*lines, part]
-    last, mark, short = lines[-1].rpartition(MARK)
-    if mark and len(lines[-1]) > width:
-        lines[-1] = last
-    else:
-        mark = ""
-    kept = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
-    return ",\n".join(kept) + (f"\n{mark.strip()} {short}" if mark else "")
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The hint at the known name that a person may have meant, if there is one."""
+    near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def kind_words(kind: str) -> str:
@@ -154,9 +140,6 @@ def shortest(identities: Sequence[str]) -> int:
 def words(stage: Stage) -> str:
     """What the stage is, without its handle."""
     return ", ".join(_parts(stage))
-
-
-# ------------------------------------------------------------------------------ a kind at a time
 
 
 def _parts(stage: Stage) -> tuple[str, ...]:
@@ -195,13 +178,14 @@ def _evaluation(stage: Evaluate) -> tuple[str, ...]:
     of = stage.of
     match of:
         case Pretrain():
-            return (f"evaluation of text at {_percent(stage.completion)}", f"seed {_seed(of)}")
+            share = _percent(stage.completion)
+            return (f"evaluation of text at {share}", f"seed {of.training.seed}")
         case LoadDecoder():
             return (f"evaluation of imported {_place(of)}",)
         case LoadModel():
             return (f"evaluation of {_imported_model(of)}",)
         case Continue():
-            return ("evaluation before fine-tuning", *_origin(of), f"seed {_seed(of)}")
+            return ("evaluation before fine-tuning", *_origin(of), _parts(of)[-1])
     return ("evaluation", *_parts(of)[1:])
 
 
@@ -282,15 +266,8 @@ def _amount(training: Training) -> str:
             return " and ".join([*said, *(counted(number, "epoch") for number in sorted(passes))])
 
 
-def _seed(stage: Pretrain | Continue | Finetune) -> int:
-    return stage.training.seed
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
-
-
-# ------------------------------------------------------------------------------ what differs
 
 
 _Path = tuple[str, ...]
@@ -346,15 +323,13 @@ def _unequal_parts(path: _Path, values: list[tuple[Any, ...]]) -> Iterator[_Fiel
         by_source = [{item.source: item for item in value} for value in values]
         for source in dict.fromkeys(item.source for item in every):
             own = [one.get(source) for one in by_source]
-            yield from _unequal((*path, source), [_measure(item) for item in own])
-            if len({item.pool for item in own if item is not None}) > 1:
-                yield (*path, source), [_pool(source, item) for item in own]
-            captions = [None if item is None else item.caption for item in own]
-            if len(set(captions) - {None}) > 1:
-                yield (
-                    (*path, source),
-                    [f"{source} {caption or 'no'} captions" for caption in captions],
-                )
+            place, there = (*path, source), [item for item in own if item is not None]
+            yield from _unequal(place, [_measure(item) for item in own])
+            if len({item.pool for item in there}) > 1:
+                yield place, [_pool(source, item) for item in own]
+            if len({item.caption for item in there}) > 1:
+                kinds = ("no" if item is None else item.caption for item in own)
+                yield place, [f"{source} {kind} captions" for kind in kinds]
         return
     some = [item for item in every if any(item not in value for value in values)]
     told = ["+".join(_short(item) for item in value if item in some) for value in values]
@@ -396,9 +371,14 @@ def _told(path: _Path, value: Any) -> str:
 
 def _short(value: Any) -> str:
     match value:
-        case TrainEncoder() | LoadEncoder() | FuseEncoders():
-            text = _parts(value)[0]
-        case LoadDecoder() | LoadModel() | Pretrain():
+        case (
+            TrainEncoder()
+            | LoadEncoder()
+            | FuseEncoders()
+            | LoadDecoder()
+            | LoadModel()
+            | Pretrain()
+        ):
             text = _parts(value)[0]
         case float():
             text = f"{value:g}"

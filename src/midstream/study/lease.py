@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ LOG = "MIDSTREAM_LOG"
 # Steps that the speed of a training stage is taken over.
 SPEED_STEPS = 32
 _TAIL_BYTES = 2**16
-_MARK = re.compile(rb"^--- (\S+) starts, ")
+# What `log_here` prints where a stage begins in a log.
+MARK = re.compile(rb"^--- (\S+) starts, ")
 
 
 @dataclass(frozen=True)
@@ -105,30 +106,33 @@ def read_sign(folder: Path, total_tokens: int | None) -> Sign:
 
     `total_tokens`: what it sees in all, where it has not said so itself.
     """
-    noted = _noted(folder)
+    noted: dict[str, Any] = {}
+    with suppress(FileNotFoundError):  # it has not been written, or the stage has just ended
+        noted = read_json(folder / PROGRESS)
+    sign = Sign(
+        done=noted.get("done"),
+        tokens_seen=int(noted.get("tokens_seen") or 0),
+        loss=noted.get("loss"),
+        tokens_per_second=float(noted.get("tokens_per_second") or 0.0),
+        note=str(noted.get("note") or ""),
+        seconds_left=_left(noted),
+        seen=noted.get("at"),
+    )
     lines = metrics_tail(folder, SPEED_STEPS)
     total = int(noted.get("total_tokens") or total_tokens or 0)
-    if not lines or not total or int(noted.get("tokens_seen") or 0) > lines[-1]["tokens_seen"]:
-        return Sign(
-            done=noted.get("done"),
-            tokens_seen=int(noted.get("tokens_seen") or 0),
-            loss=noted.get("loss"),
-            tokens_per_second=float(noted.get("tokens_per_second") or 0.0),
-            note=str(noted.get("note") or ""),
-            seconds_left=_left(noted),
-            seen=noted.get("at"),
-        )
+    if not lines or not total or sign.tokens_seen > lines[-1]["tokens_seen"]:
+        return sign
     last = lines[-1]
     seconds = sum(line["seconds"] for line in lines[1:])
     speed = (last["tokens_seen"] - lines[0]["tokens_seen"]) / seconds if seconds else 0.0
     left = max(total - last["tokens_seen"], 0)
     written = (folder / "metrics.jsonl").stat().st_mtime
-    return Sign(
+    return replace(
+        sign,
         done=min(last["tokens_seen"] / total, 1.0),
         tokens_seen=last["tokens_seen"],
         loss=last["loss"],
         tokens_per_second=speed,
-        note=str(noted.get("note") or ""),
         seconds_left=left / speed if speed else None,
         seen=datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"),
     )
@@ -166,38 +170,14 @@ def log_here(store: Path, name: str) -> dict[str, Any]:
     return {"log": place.as_posix(), "log_start": start}
 
 
-def own_part(lines: bytes, name: str, *, begun: bool = False) -> tuple[bytes, bool]:
-    """What of a log's lines, from a stage's mark on, is the stage's; whether it has ended there.
-
-    It ends where another stage's mark stands, or its own once more. `begun`: its mark stands before
-    these lines.
-    """
-    kept: list[bytes] = []
-    for line in lines.splitlines(keepends=True):
-        found = _MARK.match(line)
-        if found and (begun or found[1].decode(errors="replace") != name):
-            return b"".join(kept), True
-        begun = begun or found is not None
-        kept.append(line)
-    return b"".join(kept), False
-
-
 def now() -> str:
     """The time, as every file of the store gives it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _noted(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = read_json(folder / PROGRESS)
-    except FileNotFoundError:  # it has not been written, or the stage has just ended
-        return {}
-    return found
-
-
 def _left(noted: Mapping[str, Any]) -> float | None:
     """From the speed since this process began; a resumed stage began behind 0."""
-    if not noted:
+    if "begun_done" not in noted:
         return None
     gone = noted["done"] - noted["begun_done"]
     if gone <= 0:

@@ -3,6 +3,7 @@
 Those of `first_stages.py` can be imported from here too.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,6 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from midstream.config import (
     AnyDecoderConfig,
-    AnyEncoderConfig,
     Attention,
     Config,
     Evaluation,
@@ -48,22 +48,29 @@ class FromScratch(Config):
     kind: Literal["from_scratch"] = "from_scratch"
 
 
-class ContinueFrom(Config):
-    """Start from a text run's milestone, or from an imported model: weights and schedule position.
+class _FromText(Config):
+    """A text run's milestone, or an imported model: weights and schedule position.
 
     `optimizer` says whether Adam's moments come along (carry), start at zero (fresh, as OpenLM's
     `--pretrained` does), or start at zero while the rate rises to the schedule's (warm).
     """
 
-    kind: Literal["continue_from"] = "continue_from"
     stage: Annotated[Pretrain | LoadDecoder, Field(discriminator="kind")]
     completion: Fraction = 1.0
     optimizer: Literal["carry", "fresh", "warm"] = "fresh"
 
     @model_validator(mode="after")
-    def _held(self) -> "ContinueFrom":
-        _check_held(self.stage, self.completion)
+    def _held(self) -> "_FromText":
+        if isinstance(self.stage, LoadDecoder) and self.completion != 1.0:
+            share = f"{self.completion:.0%}"
+            raise ValueError(f"an imported model has no weights at {share} but its own (100%)")
         return self
+
+
+class ContinueFrom(_FromText):
+    """Start from a text model (`_FromText`)."""
+
+    kind: Literal["continue_from"] = "continue_from"
 
 
 class InitFrom(Config):
@@ -78,24 +85,14 @@ class InitFrom(Config):
     optimizer: Literal["fresh", "warm"] = "fresh"
 
 
-class StartText(Config):
-    """Fine-tune a text model directly: an encoder beside it, a projector from the initialiser.
-
-    `optimizer` as in `ContinueFrom`; the data is that of the text model.
-    """
+class StartText(_FromText):
+    """Fine-tune a text model directly: an encoder beside it, a projector from the initialiser; the
+    data is that of the text model."""
 
     kind: Literal["start_text"] = "start_text"
-    stage: Annotated[Pretrain | LoadDecoder, Field(discriminator="kind")]
-    completion: Fraction = 1.0
-    optimizer: Literal["carry", "fresh", "warm"] = "fresh"
     encoder: AnyEncoderSource
     projector: ProjectorConfig = ProjectorConfig()
     attention: Attention = "segments"
-
-    @model_validator(mode="after")
-    def _held(self) -> "StartText":
-        _check_held(self.stage, self.completion)
-        return self
 
     @property
     def data(self) -> Prepare:
@@ -110,18 +107,8 @@ class StartText(Config):
     @property
     def model(self) -> VLMConfig:
         """The text model and what it will see with, before anything is trained."""
-        return VLMConfig(
-            decoder=self.stage.decoder,
-            encoder=_sees(self.encoder),
-            projector=self.projector,
-            attention=self.attention,
-            owns_encoder=self.encoder_stage is None,
-        )
-
-
-def _check_held(stage: Pretrain | LoadDecoder, completion: float) -> None:
-    if isinstance(stage, LoadDecoder) and completion != 1.0:
-        raise ValueError(f"an imported model has no weights at {completion:.0%} but its own (100%)")
+        own: dict[str, Any] = {"projector": self.projector, "attention": self.attention}
+        return VLMConfig(decoder=self.stage.decoder, **own, **_sees(self.encoder))
 
 
 def _check_end(before: "Continue", training: Training) -> None:
@@ -143,12 +130,20 @@ def _check_moments(optimizer: str, training: Training) -> None:
         )
 
 
-def _sees(encoder: EncoderStage | PatchProjection) -> AnyEncoderConfig:
-    return encoder if isinstance(encoder, PatchProjection) else encoder.encoder
+def _sees(encoder: EncoderStage | PatchProjection) -> dict[str, Any]:
+    """The fields of a model that say what it sees with, before any stage trains that."""
+    owned = isinstance(encoder, PatchProjection)
+    sees = encoder if isinstance(encoder, PatchProjection) else encoder.encoder
+    return {"encoder": sees, "owns_encoder": owned}
 
 
-def _at(encoder: AnyEncoderConfig, image_size: int | None, owned: bool) -> AnyEncoderConfig:
-    return encoder if image_size is None else at_size(encoder, image_size, owned=owned)
+def _trained(before: Mapping[str, Any], stage: "Continue | Finetune") -> VLMConfig:
+    """What a stage makes of a model: it sees pictures of its size, and may own its encoder."""
+    owned = before["owns_encoder"] or stage.training.encoder_rate_factor is not None
+    sees, size = before["encoder"], stage.image_size
+    sees = sees if size is None else at_size(sees, size, owned=owned)
+    # Anew, so that the connector is seen to fit the patches.
+    return VLMConfig(**{**before, "owns_encoder": owned, "encoder": sees})
 
 
 def _check_room(model: VLMConfig, training: Training) -> None:
@@ -188,13 +183,8 @@ class LoadModel(StageBase):
     @property
     def model(self) -> VLMConfig:
         """The model this stage loads."""
-        return VLMConfig(
-            decoder=self.decoder,
-            encoder=_sees(self.encoder),
-            projector=self.projector,
-            attention=self.attention,
-            owns_encoder=self.encoder_stage is None,
-        )
+        own: dict[str, Any] = {"projector": self.projector, "attention": self.attention}
+        return VLMConfig(decoder=self.decoder, **own, **_sees(self.encoder))
 
 
 class Continue(StageBase):
@@ -238,16 +228,13 @@ class Continue(StageBase):
     @property
     def parents(self) -> "tuple[Stage, ...]":
         before = () if isinstance(self.start, FromScratch) else (self.start.stage,)
-        return (*self.data.needed_by(self.training), *self._encoders, *before)
+        encoder = () if self.encoder_stage is None else (self.encoder_stage,)
+        return (*self.data.needed_by(self.training), *encoder, *before)
 
     @property
     def encoder_stage(self) -> EncoderStage | None:
         """Where the encoder's weights come from; None for a patch projection."""
         return None if isinstance(self.encoder, PatchProjection) else self.encoder
-
-    @property
-    def _encoders(self) -> "tuple[Stage, ...]":
-        return () if self.encoder_stage is None else (self.encoder_stage,)
 
     @property
     def model(self) -> VLMConfig:
@@ -256,18 +243,10 @@ class Continue(StageBase):
 
     @cached_property
     def _model(self) -> VLMConfig:
-        sees, owned = _sees(self.encoder), self.encoder_stage is None
+        own = {name: getattr(self, name) for name in ("decoder", "projector", "attention")}
         if isinstance(self.start, InitFrom):
-            before = self.start.stage.model
-            sees, owned = before.encoder or sees, before.owns_encoder
-        owned = owned or self.training.encoder_rate_factor is not None
-        return VLMConfig(
-            decoder=self.decoder,
-            encoder=_at(sees, self.image_size, owned),
-            projector=self.projector,
-            attention=self.attention,
-            owns_encoder=owned,
-        )
+            return _trained(dict(self.start.stage.model) | own, self)
+        return _trained(_sees(self.encoder) | own, self)
 
 
 class Finetune(StageBase):
@@ -316,12 +295,7 @@ class Finetune(StageBase):
 
     @cached_property
     def _model(self) -> VLMConfig:
-        before = self.start.model
-        owned = before.owns_encoder or self.training.encoder_rate_factor is not None
-        assert before.encoder is not None, "what it starts from sees"
-        encoder = _at(before.encoder, self.image_size, owned)
-        # Anew, so that the connector is seen to fit the patches.
-        return VLMConfig(**{**dict(before), "owns_encoder": owned, "encoder": encoder})
+        return _trained(dict(self.start.model), self)
 
 
 # What several ranks train together.

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +20,13 @@ from midstream.core.storage import (
 )
 from midstream.study.label import label
 from midstream.study.lease import (
+    MARK,
     ProgressFile,
     is_held,
     lease,
     lock_of_the_dead,
     log_here,
     now,
-    own_part,
 )
 from midstream.study.results import R, checked
 from midstream.study.stages import Stage, stage_from_json
@@ -270,23 +269,26 @@ def _in_use(folder: Path) -> Callable[[str], str]:
     return lambda who: f"{folder} is being run by {who}; wait until it ends or stop it"
 
 
+def read_stage(path: Path, remedy: str) -> Stage:
+    """The stage that a `stage.json` says; ValueError, with the remedy, if this version cannot read
+    it."""
+    try:
+        return stage_from_json(path.read_bytes())
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]["msg"]
+        raise ValueError(f"{path} is no stage of this version ({why}); {remedy}") from None
+
+
 def _refuse_another(folder: Path, stage: Stage) -> None:
     path = folder / "stage.json"
     if not path.is_file():
         return
-    try:
-        found = stage_from_json(path.read_bytes())
-    except ValidationError as error:
-        why = error.errors(include_url=False)[0]["msg"]
-        raise ValueError(f"{path} is no stage of this version ({why}); move it away") from None
+    found = read_stage(path, "move it away")
     if found.identity != stage.identity:
         raise ValueError(
             f"{path} holds a {found.kind} of identity {found.identity}, not {stage.identity}; "
             f"the folder was renamed or edited: move it away"
         )
-
-
-_PIECE_BYTES = 2**20
 
 
 class StageLog:
@@ -297,14 +299,10 @@ class StageLog:
 
     def __init__(self, ledger: Ledger, stage: Stage) -> None:
         status = ledger.status(stage)
-        self.name = stage.name
-        self.path: Path | None = None
-        if status.get("log"):
-            self.path = ledger.store / status["log"]  # an absolute path stays one
-        self._at = int(status.get("log_start") or 0)
-        self._ended = False
-        self._open = b""
-        self._mine = False
+        # An absolute path stays one.
+        self.path = ledger.store / status["log"] if status.get("log") else None
+        self._mark, self._at = stage.name.encode(), int(status.get("log_start") or 0)
+        self._is_begun = self._has_ended = False
 
     def describe(self) -> str:
         """Where it lies, or why there is none."""
@@ -314,23 +312,20 @@ class StageLog:
             return f"log: {self.path} is not there any more"
         return f"log: {self.path}, from byte {self._at:,}"
 
-    def tail(self, number: int) -> list[str]:
-        """The last `number` lines that are there now."""
-        return list(deque(self.more(), maxlen=number))
-
-    def more(self) -> list[str]:
-        """The whole lines that came since the last call."""
-        if self.path is None or not self.path.is_file() or self._ended:
-            return []
-        found: list[str] = []
+    def more(self) -> Iterator[str]:
+        """The whole lines that came since the last call, up to the mark of the next stage, or to
+        the stage's own once more."""
+        if self.path is None or not self.path.is_file() or self._has_ended:
+            return
         with self.path.open("rb") as stream:
             stream.seek(self._at)
-            while piece := stream.read(_PIECE_BYTES):
-                self._at += len(piece)
-                whole, newline, self._open = (self._open + piece).rpartition(b"\n")
-                mine, self._ended = own_part(whole + newline, self.name, begun=self._mine)
-                self._mine = self._mine or bool(mine)
-                found += mine.decode(errors="replace").splitlines()
-                if self._ended:
-                    break
-        return found
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    return
+                mark = MARK.match(line)
+                if mark and (self._is_begun or mark[1] != self._mark):
+                    self._has_ended = True
+                    return
+                self._is_begun |= mark is not None
+                self._at += len(line)
+                yield from line.decode(errors="replace").splitlines()

@@ -152,7 +152,22 @@ class Ladder(Config):
     predict: float
 
 
-class Study(Config):
+class Asking(Config):
+    """What asks for evaluations."""
+
+    @property
+    def named_results(self) -> tuple[tuple[str, Evaluate], ...]:
+        """Every evaluation that is asked for, under the name of its line or baseline, in a suite
+        "<study>: <line or baseline>"."""
+        raise NotImplementedError
+
+    @property
+    def results(self) -> tuple[Evaluate, ...]:
+        """Every evaluation that is asked for."""
+        return tuple(result for _, result in self.named_results)
+
+
+class Study(Asking):
     """A set of lines, the question they answer and the figure that shows it.
 
     `baselines` are evaluations beside the lines: text-only models, by a name for the table.
@@ -197,13 +212,7 @@ class Study(Config):
 
     @property
     def named_results(self) -> tuple[tuple[str, Evaluate], ...]:
-        """Every evaluation the study asks for, under the name of its line or baseline."""
         return (*((line.name, line.result) for line in self.lines), *self.baselines.items())
-
-    @property
-    def results(self) -> tuple[Evaluate, ...]:
-        """Every evaluation the study asks for."""
-        return tuple(result for _, result in self.named_results)
 
     @property
     def studies(self) -> "tuple[Study, ...]":
@@ -211,7 +220,7 @@ class Study(Config):
         return (self,)
 
 
-class Suite(Config):
+class Suite(Asking):
     """Several studies run as one, so that they share their stages; each has its own report.
 
     `machine` places all of them; what the studies say of it themselves counts where they run alone.
@@ -239,17 +248,11 @@ class Suite(Config):
 
     @property
     def named_results(self) -> tuple[tuple[str, Evaluate], ...]:
-        """Every evaluation of every study, under "<study>: <line or baseline>"."""
         return tuple(
             (f"{study.name}: {name}", result)
             for study in self.studies
             for name, result in study.named_results
         )
-
-    @property
-    def results(self) -> tuple[Evaluate, ...]:
-        """Every evaluation the studies ask for."""
-        return tuple(result for _, result in self.named_results)
 
     @property
     def lines(self) -> tuple[Line, ...]:

@@ -41,15 +41,9 @@ def measured() -> tuple[Best, ...]:
 
 def best_for(stage: Trained, place: Place) -> Best | None:
     """What was fastest for this very size and row length on this device, where it was measured."""
-    if not measured():
-        return None
-    key = (
-        device_name(place.device),
-        stage.model.decoder.num_parameters,
-        stage.training.rows.row_length,
-        not isinstance(stage, Pretrain),
-    )
     for best in measured():
+        size = (stage.model.decoder.num_parameters, stage.training.rows.row_length)
+        key = (device_name(place.device), *size, not isinstance(stage, Pretrain))
         if key == (best.device, best.decoder_parameters, best.row_length, best.pictures):
             return best
     return None

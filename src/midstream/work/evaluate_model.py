@@ -105,49 +105,31 @@ def _evaluate_one(name: str, request: EvaluateRequest, channel: Channel) -> dict
     folder = request.out / f"{stem}-{digest(about)[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            return _results(name, request, (answerer, data, evaluation), folder, about, channel)
+        held = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"{folder} is being written by another evaluation; wait until it ends, or give another "
             "--out"
         ) from None
-
-
-def _results(
-    name: str,
-    request: EvaluateRequest,
-    asked: tuple[Answerer, Path, Evaluation],
-    folder: Path,
-    about: dict[str, Any],
-    channel: Channel,
-) -> dict[str, Any]:
-    answerer, data, evaluation = asked
-    answers = KeptAnswers(
-        answerer,
-        folder / "answers",
-        at_once=evaluation.batch_size * BATCHES_AT_ONCE,
-        settings=str(evaluation.max_new_tokens),
-        should_stop=lambda: channel.stopping,
-    )
-    # Whatever folder a task's result lies in, the same question has the same answer.
-    done = earlier_tasks(sorted(request.out.glob("*")))
-    results = evaluate(
-        answers,
-        evaluation,
-        data,
-        folder,
-        lambda share, note: channel.progress(name, share, note),
-        done=done,
-    )
-    row = {**results, "about": about}
-    path = folder / "results.json"
-    if results_of(path) != row:
-        write_json(path, row)
-    remove_folder(folder / "answers")
+    with held:
+        answers = KeptAnswers(
+            answerer,
+            folder / "answers",
+            at_once=evaluation.batch_size * BATCHES_AT_ONCE,
+            settings=str(evaluation.max_new_tokens),
+            should_stop=lambda: channel.stopping,
+        )
+        # Whatever folder a task's result lies in, the same question has the same answer.
+        done = earlier_tasks(sorted(request.out.glob("*")))
+        note = partial(channel.progress, name)
+        row = evaluate(answers, evaluation, data, folder, note, done=done) | {"about": about}
+        path = folder / "results.json"
+        if results_of(path) != row:
+            write_json(path, row)
+        remove_folder(folder / "answers")
     kept = [
         f"{task} (of {time.strftime('%Y-%m-%d %H:%M', time.localtime(when))})"
-        for task, found in results["tasks"].items()
+        for task, found in row["tasks"].items()
         if found["key"] in done
         for when in [done[found["key"]].predictions.stat().st_mtime]
     ]
@@ -197,20 +179,13 @@ def _open_model(name: str, request: EvaluateRequest) -> tuple[Answerer, Path]:
     path, data = Path(name), request.data
     options = {key: request.evaluation[key] for key in ("max_new_tokens", "batch_size")}
     if _is_stage(path):
-        from midstream.eval.predict import ModelAnswerer
+        from midstream.work.evaluate_stage import answerer_of
         from midstream.work.open_model import open_model, world_root
 
         opened = open_model(path, device)
         if data is None:
             data = world_root(opened.stage.data, opened.ledger)
-        answerer = ModelAnswerer(
-            opened.vlm,
-            opened.codec,
-            encode=opened.encode if opened.encoder is not None else None,
-            encoder=opened.stage.model.encoder,
-            **options,
-        )
-        return answerer, data
+        return answerer_of(opened, **options), data
     if data is None:
         raise ValueError(f"{name} is no stage of a store: say with --data what it is asked about")
     from midstream.eval.transformers_answerer import TransformersAnswerer

@@ -32,6 +32,7 @@ from midstream.study.store import Ledger
 from midstream.train.loop import Interrupted
 from midstream.train.parallel import Place
 from midstream.work.open_model import (
+    OpenedModel,
     evaluations,
     fill_model,
     open_model,
@@ -128,6 +129,18 @@ def _tokens_of(codec: TextCodec) -> dict[str, Any]:
     return content | {"post_processor": None}
 
 
+def answerer_of(opened: OpenedModel, max_new_tokens: int, batch_size: int) -> ModelAnswerer:
+    """What answers for a model of a store."""
+    return ModelAnswerer(
+        opened.vlm,
+        opened.codec,
+        encode=opened.encode if opened.encoder is not None else None,
+        encoder=opened.stage.model.encoder,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+
+
 def evaluate_stage(
     stage: Evaluate,
     ledger: Ledger,
@@ -149,14 +162,8 @@ def evaluate_stage(
         weights_folder(ledger, stage.of, stage.completion)
         folder = folder / "milestones" / f"{stage.completion * 100:g}"
     opened = open_model(folder, place.device, place)
-    answerer = ModelAnswerer(
-        opened.vlm,
-        opened.codec,
-        encode=opened.encode if opened.encoder is not None else None,
-        encoder=stage.of.model.encoder,
-        max_new_tokens=stage.evaluation.max_new_tokens,
-        batch_size=stage.evaluation.batch_size,
-    )
+    asked = stage.evaluation
+    answerer = answerer_of(opened, asked.max_new_tokens, asked.batch_size)
     kept = ledger.folder(stage) / "answers"
     answers = KeptAnswers(
         answerer,

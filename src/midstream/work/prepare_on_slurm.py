@@ -20,8 +20,8 @@ from midstream.core.tokens import counted
 from midstream.data.prepare_source import SourcePlan, only_one, unread_of
 from midstream.data.shard_state import TaskShare, lacking
 from midstream.launch import slurm_job
-from midstream.launch.slurm_job import Entry, Job, JobBook, Unreachable
-from midstream.launch.submission import Refused, WorkJob, num_tasks, submit
+from midstream.launch.slurm_job import Entry, Job, JobBook, Patience
+from midstream.launch.submission import WorkJob, num_tasks, refusals, submit
 
 Done = TypeVar("Done")
 Progress = Callable[[float, str], None]
@@ -60,7 +60,7 @@ class OnSlurm:
         self.names = {item.number: (item.key, job.folder(item.number).name) for item in plan.wanted}
         # Numbers of the shards that are finished, as far as this process knows.
         self.done: set[int] = set()
-        self.is_away, self.told_last = False, ""
+        self.patience, self.told_last = Patience(print), ""
 
     def run(self) -> dict[str, Any]:
         """Submit what lacks, or find its jobs again, and follow them; returns the source's counts.
@@ -69,10 +69,7 @@ class OnSlurm:
         Raises ValueError with what the finishing job says, or why a task ended; without Slurm, for
         what it does not have, and if jobs of another preparation of the source are in its queue.
         """
-        try:
-            slurm_job.require_slurm([self.asked])
-        except Unreachable as reason:
-            raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
+        slurm_job.require_slurm([self.asked])
         unread_of(self.plan, print)
         (self.out / "slurm").mkdir(parents=True, exist_ok=True)
         restarts = self.settings.restarts
@@ -87,8 +84,12 @@ class OnSlurm:
             if told is not None and told["event"] == "failed":
                 raise ValueError(told["error"])
             why = self._why(ended)
-            cancelled = any(job is not None and _is_cancelled(job) for job in ended.values())
-            if cancelled or not restarts:
+            # A job that waited for one that failed is none that somebody cancelled.
+            cancelled = (
+                job is not None and job.state == "CANCELLED" and job.reason != slurm_job.NEVER
+                for job in ended.values()
+            )
+            if any(cancelled) or not restarts:
                 raise ValueError(f"{why}; what is finished stays: the same command goes on")
             restarts -= 1
             print(f"{why}; it is submitted again")
@@ -117,9 +118,8 @@ class OnSlurm:
 
     def _is_queued(self) -> bool:
         """Whether jobs of an earlier call are in the queue; ValueError if they do otherwise."""
-        live = {job.id: job.name for job in slurm_job.queue().values() if job.is_live}
-        entries = self.book.entries.values()
-        mine = [one for one in entries if live.get(one.job or "") == one.name]
+        jobs, entries = slurm_job.queue(), self.book.entries.values()
+        mine = [one for one in entries if (job := one.among(jobs)) is not None and job.is_live]
         if not mine:
             return False
         others = sorted(one.job or "" for one in mine if one.name != self.name)
@@ -147,16 +147,11 @@ class OnSlurm:
         works = {
             f"task-{share.index}": self._work(f"task-{share.index}", share) for share in shares
         }
-        try:
+        with refusals(self.book, f"the jobs of {self.out}"):
             ids = self._hand_over(list(works.values()), None) if works else []
             array = ids[0].partition("_")[0] if ids else None
             after = f"afterok:{array}" if array else None
             last = self._hand_over([self._work(FINISH, None)], after)
-        except Refused as text:
-            self.book.drop_unsure()
-            raise ValueError(
-                f"sbatch refused the jobs of {self.out}: {text}; {text.remedy}"
-            ) from None
         entries = dict(zip([*works, FINISH], [*ids, *last], strict=True))
         self.book.entries = {}
         self.book.note({key: Entry(self.name, job) for key, job in entries.items()})
@@ -186,8 +181,7 @@ class OnSlurm:
             jobs = self._patiently(slurm_job.queue)
             states: dict[str, str] = {}
             for key, one in self.book.entries.items():
-                job = jobs.get(one.job or "")
-                job = job if job is not None and job.name == one.name else None
+                job = one.among(jobs)
                 is_known = key in ended or (job is not None and job.state == "COMPLETED")
                 if not is_known and (job is None or not job.is_live):
                     job = slurm_job.ended_job(one.job or "", one.name, job)
@@ -246,22 +240,8 @@ class OnSlurm:
         return f"{number} did not end well; {first.replace('-', ' ')}: {why} ({logs})"
 
     def _patiently(self, ask: Callable[[], Done]) -> Done:
-        """What Slurm answers, however long that takes; it is said once that it does not."""
+        """What Slurm answers, however long that takes."""
         while True:
-            try:
-                answer = ask()
-            except Unreachable as reason:
-                if not self.is_away:
-                    print(f"{reason}; waiting until Slurm answers, its jobs go on")
-                self.is_away = True
-                time.sleep(self.settings.poll_seconds)
-                continue
-            if self.is_away:
-                print("Slurm answers again")
-            self.is_away = False
-            return answer
-
-
-def _is_cancelled(job: Job) -> bool:
-    """Whether somebody cancelled it; a job that waited for one that failed is none of that."""
-    return job.state == "CANCELLED" and job.reason != slurm_job.NEVER
+            with self.patience.asking():
+                return ask()
+            time.sleep(self.settings.poll_seconds)

@@ -147,15 +147,12 @@ class StageRunner:
             self._tracking = tracking_of(self.machine, folder, stage.name, stage.kind, about)
         if self._tracking is None:
             return self._execute(stage)
-        failed = True
         try:
             results = self._execute(stage)
-            failed = False
-        except Interrupted:
-            failed = False
+        except BaseException as error:
+            self._tracking.close(not isinstance(error, Interrupted))
             raise
-        finally:
-            troubles = self._tracking.close(failed)
+        troubles = self._tracking.close(False)
         return results | ({"tracking": troubles} if troubles else {})
 
     def close(self) -> None:

@@ -18,16 +18,12 @@ from midstream.config import Amounts, Budget, Epochs, ImageTransform, Machine, M
 from midstream.core.batch import IGNORE, Row, add_counts
 from midstream.core.storage import write_bytes
 from midstream.core.tokens import TokenCount
-from midstream.cost.cost import cost
-from midstream.cost.graph import PlanRow, order_of
+from midstream.cost.graph import order_of
 from midstream.data.examples import TextCodec, runs_of
 from midstream.data.images import decode_pixels
 from midstream.data.rows import GO_ON, build_row, plan_rows, shares_report
 from midstream.data.sources import Source
 from midstream.data.views import picture_views
-from midstream.launch.local import LocalBackend
-from midstream.launch.scheduler import FeatureChoices, Scheduler
-from midstream.launch.workers import Event
 from midstream.order.plan import RowPlan
 from midstream.study.label import label
 from midstream.study.stages import DataStage, Stage, Trained, overflow_of
@@ -182,6 +178,7 @@ def pieces_of(shown: Shown, index: int) -> tuple[Row, list[Piece]]:
 def _spans(
     codec: TextCodec, specials: Mapping[int, str], ids: Sequence[int], supervised: Sequence[bool]
 ) -> Iterator[Span]:
+    """Neighbours that are targets, or not, as one text; each special token by itself."""
     tokens = list(zip(ids, supervised, strict=True))
     for (mark, special), run in groupby(tokens, key=lambda item: (item[1], specials.get(item[0]))):
         numbers = [token for token, _ in run]
@@ -196,23 +193,10 @@ def open_stage(stage: Trained, ledger: Ledger) -> Shown:
     training, encoder = stage.training, stage.model.encoder
     sources = open_sources(stage.data, training.budget.source_names, ledger)
     patches = stage.model.image_tokens
-    return Shown(
-        name=label(stage),
-        plan=plan_rows(
-            sources,
-            patches,
-            training.budget,
-            training.rows,
-            training.seed,
-            overflow_of(stage),
-            stage.model.num_patches,
-        ),
-        sources=sources,
-        codec=open_tokenizer(stage.data, ledger),
-        budget=training.budget,
-        num_patches=patches,
-        transform=encoder.transform if encoder else None,
-    )
+    rows, seed, whole = training.rows, training.seed, stage.model.num_patches
+    plan = plan_rows(sources, patches, training.budget, rows, seed, overflow_of(stage), whole)
+    codec, transform = open_tokenizer(stage.data, ledger), encoder.transform if encoder else None
+    return Shown(label(stage), plan, sources, codec, training.budget, patches, transform)
 
 
 def print_row(shown: Shown, index: int, out: Path, console: Console) -> None:
@@ -378,24 +362,18 @@ def _asked(budget: Budget) -> dict[str, str]:
 
 
 def run_preparation(stages: Sequence[Stage], ledger: Ledger, note: Callable[[str], None]) -> None:
-    """Run data stages as the launcher does: the store locked, in a worker process, one by one.
+    """Run data stages, parents first, with the store locked; ValueError says why one does not end
+    well."""
+    # It imports all that trains and evaluates, and most rows are shown without.
+    from midstream.work.run_stage import StageRunner
 
-    Raises ValueError with the reason and the log if one does not end well, KeyboardInterrupt if it
-    was told to stop.
-    """
-    machine, labels = Machine(workers=1), {stage.name: label(stage) for stage in stages}
-
-    def tell(event: Event) -> None:
-        if event["event"] == "progress":
-            note(event["note"])
-        elif event["event"] == "finished" and event["state"] == "failed":
-            why = f"{labels[event['stage']]} is not prepared: {event['error']}"
-            raise ValueError(f"{why} (see {event['log']})")
-
-    rows = [PlanRow(stage, ledger.state(stage), {}, cost(stage, ledger)) for stage in stages]
-    features = FeatureChoices(rows, ledger, machine)
     with launch_lock(ledger.store):
-        backend = LocalBackend(ledger, machine, features.of)
-        outcome = Scheduler(rows, labels, ledger, backend, features, tell).run({})
-    if outcome.interrupted:
-        raise KeyboardInterrupt
+        runner = StageRunner(
+            ledger, Machine(workers=1), lambda event: note(event["note"]), lambda: False
+        )
+        for stage in stages:
+            try:
+                runner.run(stage)
+            except Exception as error:
+                told = f"{label(stage)} is not prepared: {type(error).__name__}: {error}"
+                raise ValueError(told) from error

@@ -24,7 +24,7 @@ from midstream.eval.scoring import SUITES, TEXT_CHANCE, VISUAL_CHANCE
 from midstream.eval.tasks import HARNESS_TASKS, VISUAL_FORMATS
 from midstream.eval.text import read_text_task
 from midstream.launch.terminal import out
-from midstream.work.protocol import Channel, Request
+from midstream.work.protocol import Channel, Request, print_line
 
 # A score from which an example counts as right, where a person is shown which.
 RIGHT = 0.5
@@ -152,18 +152,16 @@ def print_scores(rows: dict[str, dict[str, Any]], console: Console) -> None:
         parts = [f"{kind} {_percent(v)}" for kind, v in told.items() if v is not None]
         parts += [f"{suite} {_suite(found)}" for suite, found in row["suites"].items()]
         if parts:
-            console.print(f"{name}: {'; '.join(parts)}", soft_wrap=True, markup=False)
-        short = {t: r["shortened"] for t, r in row["tasks"].items() if r["shortened"]}
+            print_line(console, f"{name}: {'; '.join(parts)}")
         for task, found in row["tasks"].items():
             if unread := found.get("unparsable"):
                 told_unread = f"{unread:,} of {found['num_examples']:,} answers cannot be read"
                 how = "and count as wrong (midstream eval FOLDER --show 5 --wrong shows them)"
-                console.print(f"{task}: {told_unread} {how}", soft_wrap=True, markup=False)
+                print_line(console, f"{task}: {told_unread} {how}")
             if found.get("note"):
-                console.print(f"{task}: {found['note']}", soft_wrap=True, markup=False)
-        if short:
-            told_short = ", ".join(f"{task} ({why})" for task, why in short.items())
-            console.print(f"not whole: {told_short}", soft_wrap=True, markup=False)
+                print_line(console, f"{task}: {found['note']}")
+        if short := [f"{t} ({r['shortened']})" for t, r in row["tasks"].items() if r["shortened"]]:
+            print_line(console, f"not whole: {', '.join(short)}")
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -216,18 +214,16 @@ def score_file(request: ScoreRequest, channel: Channel) -> None:
     if row["stderr"] is not None:
         low, high = 100 * row["low"], 100 * row["high"]
         error = f" ± {100 * row['stderr']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
-    console.print(
-        f"{request.task}: {row['metric']} {100 * row['score']:.2f}{error} "
-        f"({row['num_examples']:,} questions, chance {100 * row['chance']:g})",
-        soft_wrap=True,
-    )
+    told = f"{request.task}: {row['metric']} {100 * row['score']:.2f}{error}"
+    asked = f"{row['num_examples']:,} questions, chance {100 * row['chance']:g}"
+    print_line(console, f"{told} ({asked})")
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in {**row["splits"], **row["details"]}.items():
         table.add_row(name, "-" if value is None else f"{100 * value:.2f}")
     console.print(table)
     short = f"not whole: {row['shortened']}" if row["shortened"] else None
     for note in filter(None, [short, *row["notes"], row["note"]]):
-        console.print(note, soft_wrap=True, markup=False)
+        print_line(console, note)
 
 
 def show_examples(request: ShowRequest, channel: Channel) -> None:
@@ -270,16 +266,10 @@ def show_differences(request: ShowRequest, channel: Channel) -> None:
         if found.low is not None and found.high is not None and found.p_value is not None:
             low, high = 100 * found.low, 100 * found.high
             spread = f" (95 % {low:+.2f} to {high:+.2f}, p = {found.p_value:.2g})"
-        console.print(
-            f"{one.name} less {other.name}: {100 * found.mean:+.2f} points{spread}"
-            f" on {len(both):,} examples in {found.num_clusters:,} clusters"
-            + (
-                f"; {left_out:,} of one alone, or with other right answers, are left out"
-                if left_out
-                else ""
-            ),
-            soft_wrap=True,
-        )
+        less = f"{one.name} less {other.name}: {100 * found.mean:+.2f} points{spread}"
+        left = f"; {left_out:,} of one alone, or with other right answers, are left out"
+        where = f"{len(both):,} examples in {found.num_clusters:,} clusters"
+        print_line(console, f"{less} on {where}{left if left_out else ''}")
         differ = [key for key in both if first[key]["score"] != second[key]["score"]]
         for key in differ[: request.count]:
             _print_example(first[key] | {"other_prediction": second[key]["prediction"]}, console)
@@ -320,7 +310,7 @@ def _print_example(row: dict[str, Any], console: Console) -> None:
         fields["picture"] = ", ".join([row["image"], *(row.get("more") or [])])
     console.print(row["example_id"], markup=False, style="bold")
     for name, value in fields.items():
-        console.print(f"  {name}: {value}", soft_wrap=True, markup=False, highlight=False)
+        print_line(console, f"  {name}: {value}")
 
 
 def _percent(value: float | None) -> str:
