@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from midstream.config import Amount, Amounts, Budget, Mixture, Rows, Sampling, Share
 from midstream.data import views
+from midstream.data.lengths import picture_views
 from midstream.data.rows import plan_rows, shares_report
 from midstream.data.sources import Pictures, Source
-from midstream.data.views import picture_views
 from midstream.order import stream
 from midstream.order.mixture import Supply, quotas_of
 from midstream.order.plan import RowPlan

@@ -5,18 +5,16 @@ import gzip
 import io
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import OPTIONS, SHARED, Put, as_lines, read_all, shared
+from made_inputs import OPTIONS, Put, as_lines, read_all
 
 from midstream.data.formats import read_text as module
 from midstream.data.formats.files import folder_of
@@ -126,13 +124,6 @@ def test_lines_of_a_mark_alone_part_a_plain_text_file(put: Put) -> None:
     assert [item.where for item in found] == [f"{path}, document {n}" for n in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_another_field_or_column_can_hold_the_text(put: Put, name: str) -> None:
-    write = lines if name.endswith("jsonl") else parquet
-    path = put(name, write(["a", "b"], "content"))
-    assert texts(read(path, ReadOptions(text_key="content"))) == ["a", "b"]
-
-
 def test_bad_lines_are_rejected_with_their_place_and_reason_and_good_ones_stay(put: Put) -> None:
     bad = [
         (b"{", "not a JSON object"),
@@ -158,13 +149,6 @@ def test_bad_lines_are_rejected_with_their_place_and_reason_and_good_ones_stay(p
         assert sorted(reasons(found)) == sorted(["", *(reason for _, reason in bad)])
         assert [x.where for x in found] == [f"{path}, line {n + 1}" for n in range(len(data))]
         assert [x.text for x in found if isinstance(x, TextRecord)] == ["good"]
-
-
-def test_a_line_without_the_key_says_which_keys_it_has() -> None:
-    fsspec.filesystem("memory").pipe("/keys/a.jsonl", b'{"body": "x", "url": 1}')
-    assert str(read("memory://keys/a.jsonl")[0]) == (
-        "memory://keys/a.jsonl, line 1: no text (its keys are ['body', 'url'])"
-    )
 
 
 def test_blank_lines_are_no_records_but_are_counted_in_places(put: Put) -> None:
@@ -206,16 +190,6 @@ def test_a_bad_plain_text_file_is_rejected(put: Put, data: bytes, reason: str) -
     path = put("a.txt", data)
     (found,) = read(path)
     assert (found.where, found.reason) == (path, reason)
-
-
-@pytest.mark.parametrize("name", [name for name in PACK if not name.endswith(("jsonl", "json"))])
-def test_packed_lines_that_are_cut_at_any_byte_stop_the_reading(put: Put, name: str) -> None:
-    packed = PACK[name](lines(["a", "b" * 50, "c"]))
-    for end in range(0, len(packed), 3):
-        path = put(name, packed[:end])
-        with pytest.raises(ValueError, match="fetch it again") as caught:
-            read(path)
-        assert path in str(caught.value)
 
 
 def test_parquet_that_is_cut_at_any_byte_or_is_none_stops_the_reading(put: Put) -> None:
@@ -338,25 +312,6 @@ def test_every_document_is_read_or_rejected_as_empty(
         d for d in documents if d.strip()
     ]
     assert len(found) == len(documents)
-
-
-# The real samples.
-
-
-@pytest.mark.parametrize(
-    ("name", "key", "count"),
-    [
-        ("text_novels", "text", 18),
-        ("text_web_wiki/c4_demo.jsonl", "text", 300),
-        ("text_math/gsm8k/test.jsonl", "question", 1319),
-    ],
-)
-def test_real_samples_are_read_whole(name: str, key: str, count: int) -> None:
-    found = read(shared(name), ReadOptions(text_key=key))
-    assert Counter(type(item) for item in found) == {TextRecord: count}
-    if name.endswith("jsonl"):
-        records = map(json.loads, (SHARED / name).read_text(encoding="utf-8").splitlines())
-        assert texts(found) == [record[key] for record in records]
 
 
 def test_small_plain_texts_share_a_unit_and_all_that_are_damaged_are_told(

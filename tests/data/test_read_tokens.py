@@ -3,7 +3,6 @@
 import gzip
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from made_inputs import Put, read_all
 from inputs import tar
 from midstream.data.formats.read_text import text_units
 from midstream.data.formats.records import TokenRecord
-from midstream.data.source_writer import Reject
 
 LENGTH = 2049
 
@@ -182,18 +180,3 @@ def test_a_shard_that_is_cut_at_any_byte_stops_the_reading(put: Put) -> None:
         with pytest.raises(ValueError, match=r"a\.tar"):
             list(read(path))
     assert ids(read(put("a.tar", whole))) == [[1, 2], [3], [4, 5, 6]]
-
-
-def test_a_shard_without_manifest_that_is_cut_is_noticed_too(put: Put) -> None:
-    whole = shard([[1, 2], [3], [4, 5, 6]])
-    for end in range(1, 4 * 1024, 73):
-        with pytest.raises(ValueError, match=r"a\.tar is not a whole tar file"):
-            read(put("a.tar", whole[:end]))
-
-
-def test_no_id_is_lost_over_a_shard_of_full_size(tmp_path: Path) -> None:
-    expected = chunks(200)
-    (tmp_path / "00000001.tar").write_bytes(shard(expected, "json.gz"))
-    found = read(str(tmp_path))
-    assert ids(found) == expected
-    assert not [item for item in found if isinstance(item, Reject)]

@@ -22,9 +22,9 @@ from midstream.cost.cost import cost
 from midstream.cost.graph import PlanRow, order_of
 from midstream.data.examples import TextCodec, runs_of
 from midstream.data.images import decode_pixels
+from midstream.data.lengths import picture_views
 from midstream.data.rows import GO_ON, build_row, plan_rows, shares_report
 from midstream.data.sources import Source
-from midstream.data.views import picture_views
 from midstream.launch.local import LocalBackend
 from midstream.launch.scheduler import FeatureChoices, Scheduler
 from midstream.launch.workers import Event

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,16 @@ from midstream.data.formats.files import (
     shown_files,
     size_of,
 )
-from midstream.data.formats.json_records import (
+from midstream.data.formats.record_files import (
     NOT_UNICODE,
     NOT_UTF8,
+    columns_of,
     entries_of,
     holds_list,
     is_wide,
     json_object,
+    refuse_splits,
+    table_rows,
     unicode_problem,
 )
 from midstream.data.formats.records import (
@@ -48,9 +51,8 @@ from midstream.data.formats.records import (
     Unit,
     scan_tar,
 )
-from midstream.data.formats.tables import columns_of, refuse_splits, table_rows
 from midstream.data.remote import RemoteError
-from midstream.data.source_writer import Reject
+from midstream.data.source_writer import Reject, RejectedError, or_reject
 
 MANIFEST = "manifest.jsonl"
 # Token ids as nanoGPT, Megatron, OLMo, MosaicML and nanotron keep them.
@@ -76,7 +78,8 @@ def read_tokens(unit: Unit) -> Iterator[TokenRecord | Reject]:
     path, num_chunks = unit.files[0], 0
     for member in scan_tar(path):
         num_chunks += 1
-        yield _chunk_of(member, path)
+        where = f"{path}, member {member.name}"
+        yield or_reject(where, _chunk_of, member, where)
     if unit.last is not None and num_chunks != unit.last:
         raise ValueError(
             f"{path} holds {num_chunks:,} chunks, {folder_of(path)}/{MANIFEST} says "
@@ -84,24 +87,23 @@ def read_tokens(unit: Unit) -> Iterator[TokenRecord | Reject]:
         )
 
 
-def _chunk_of(member: Member, path: str) -> TokenRecord | Reject:
-    """The token ids that a member of the archive `path` holds, or why it holds none."""
-    where = f"{path}, member {member.name}"
+def _chunk_of(member: Member, where: str) -> TokenRecord:
+    """The token ids that a member of an archive holds; RejectedError says why it holds none."""
     if member.problem:
-        return Reject(where, member.problem)
+        raise RejectedError(member.problem)
     if not member.name.endswith(_MEMBERS):
-        return Reject(where, NO_IDS, f"its name ends in none of {', '.join(_MEMBERS)}")
+        raise RejectedError(NO_IDS, f"its name ends in none of {', '.join(_MEMBERS)}")
     try:
         ids = json.loads(_unpacked(member))
     except (EOFError, OSError, zlib.error, ValueError, RecursionError) as error:
-        return Reject(where, NO_IDS, str(error))
+        raise RejectedError(NO_IDS, str(error)) from None
     if ids == []:
-        return Reject(where, EMPTY, "a list without ids")
+        raise RejectedError(EMPTY, "a list without ids")
     # By type, not isinstance: true and false are no ids.
     if not isinstance(ids, list) or set(map(type, ids)) != {int}:
-        return Reject(where, NO_IDS, "ids are whole numbers in one flat list")
+        raise RejectedError(NO_IDS, "ids are whole numbers in one flat list")
     if min(ids) < 0 or max(ids) >= 2**63:
-        return Reject(where, NO_IDS, f"it has ids from {min(ids)} to {max(ids)}")
+        raise RejectedError(NO_IDS, f"it has ids from {min(ids)} to {max(ids)}")
     return TokenRecord(where, np.array(ids, dtype=np.int64))
 
 
@@ -123,10 +125,10 @@ def _read_manifest(path: str) -> dict[str, int] | None:
         if line.isspace():
             continue
         where = f"{path}, line {number}"
-        entry = json_object(line, where)
-        if not found and (isinstance(entry, Reject) or "shard" not in entry):
-            return None
+        entry = or_reject(where, json_object, line)
         values = {} if isinstance(entry, Reject) else entry
+        if not found and "shard" not in values:
+            return None
         name, count = values.get("shard"), values.get("num_sequences", values.get("num_chunks"))
         if not isinstance(name, str) or type(count) is not int or count < 0:
             raise ValueError(
@@ -240,13 +242,13 @@ def _is_tokenised(path: str) -> bool:
 
 
 def _check_tokenised(path: str) -> None:
-    first = next(scan_tar(path), None)
-    found = None if first is None else _chunk_of(first, path)
-    if isinstance(found, Reject):
-        raise ValueError(
-            f"{found}: no shard of token ids; pictures are prepared as captions, and archives of "
-            "texts unpacked first"
-        )
+    for member in islice(scan_tar(path), 1):
+        found = or_reject(f"{path}, member {member.name}", _chunk_of, member, path)
+        if isinstance(found, Reject):
+            raise ValueError(
+                f"{found}: no shard of token ids; pictures are prepared as captions, and archives "
+                "of texts unpacked first"
+            )
 
 
 def _format(path: str) -> str:
@@ -264,22 +266,22 @@ def _format(path: str) -> str:
 
 
 def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:
-    path, key = unit.files[0], options.text_key
+    path = unit.files[0]
     for where, data in entries_of(path, listed=holds_list(path)):
-        found = json_object(data, where)
-        if isinstance(found, Reject):
-            yield found
-            continue
-        parts = _parts(found, key)
-        text = _inside(found, parts)
-        if isinstance(text, str):
-            yield _document(where, text)
-        else:
-            has = f"{key!r} is no text" if parts[0] in found else f"its keys are {list(found)}"
-            lists = ((name, x) for name, x in found.items() if isinstance(x, list) and x)
-            if held := [name for name, x in lists if isinstance(_inside(x[0], parts), str)]:
-                has = f"it is a record of records: write the list under {held[0]!r} alone"
-            yield Reject(where, NO_TEXT, has[:200])
+        yield or_reject(where, _text_in, where, data, options.text_key)
+
+
+def _text_in(where: str, data: bytes, key: str) -> TextRecord:
+    found = json_object(data)
+    parts = _parts(found, key)
+    text = _inside(found, parts)
+    if isinstance(text, str):
+        return _document(where, text)
+    has = f"{key!r} is no text" if parts[0] in found else f"its keys are {list(found)}"
+    lists = ((name, x) for name, x in found.items() if isinstance(x, list) and x)
+    if held := [name for name, x in lists if isinstance(_inside(x[0], parts), str)]:
+        has = f"it is a record of records: write the list under {held[0]!r} alone"
+    raise RejectedError(NO_TEXT, has[:200])
 
 
 def _parts(names: Container[str], key: str) -> list[str]:
@@ -299,7 +301,8 @@ def _read_table(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     column, *inner = _parts(schema.names, options.text_key)
     _check_column(path, schema, options.text_key)
     for number, (value,) in enumerate(table_rows(path, [column])):
-        yield _from_column(f"{path}, row {number}", value, inner)
+        where = f"{path}, row {number}"
+        yield or_reject(where, _from_column, where, value, inner)
 
 
 def _check_column(path: str, schema: pyarrow.Schema, key: str) -> None:
@@ -319,14 +322,16 @@ def _check_column(path: str, schema: pyarrow.Schema, key: str) -> None:
         raise ValueError(f"{path}: column {key!r} is {kind}, not text; name another column")
 
 
-def _from_column(where: str, value: pyarrow.Scalar, inner: Sequence[str]) -> Item:
+def _from_column(where: str, value: pyarrow.Scalar, inner: Sequence[str]) -> TextRecord:
     try:
         text = _inside(value.as_py(), inner)
         # Where the writer did not say that its bytes are text.
         text = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
-        return Reject(where, NOT_UTF8, str(error))
-    return Reject(where, NO_TEXT, "it is null") if text is None else _document(where, text)
+        raise RejectedError(NOT_UTF8, str(error)) from None
+    if text is None:
+        raise RejectedError(NO_TEXT, "it is null")
+    return _document(where, text)
 
 
 def _read_txt(unit: Unit, options: ReadOptions) -> Iterator[Item]:
@@ -361,19 +366,20 @@ def _documents_of(path: str) -> Iterator[Item]:
         return
     first, *others = _END.split(text.replace("\r\n", "\n"))
     if not others:
-        yield _document(path, first)
+        yield or_reject(path, _document, path, first)
         return
     for number, part in enumerate([first, *others]):
         # Nothing stands behind the last one.
         if part := part.strip("\n"):
-            yield _document(f"{path}, document {number}", part)
+            where = f"{path}, document {number}"
+            yield or_reject(where, _document, where, part)
 
 
-def _document(where: str, text: str) -> TextRecord | Reject:
+def _document(where: str, text: str) -> TextRecord:
     if not text or text.isspace():
-        return Reject(where, EMPTY)
+        raise RejectedError(EMPTY)
     if problem := unicode_problem(text):
-        return Reject(where, NOT_UNICODE, problem)
+        raise RejectedError(NOT_UNICODE, problem)
     return TextRecord(where, text)
 
 
