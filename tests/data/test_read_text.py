@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from made_inputs import OPTIONS, Put, as_lines, read_all
 
 from midstream.data.formats import read_text as module
-from midstream.data.formats.files import folder_of
 from midstream.data.formats.read_text import text_units
 from midstream.data.formats.records import ReadOptions, TextRecord
 from midstream.data.source_writer import Reject
@@ -253,20 +252,6 @@ def test_json_in_another_unicode_is_refused_with_the_way_out(put: Put, encoding:
 
 
 # Units.
-
-
-def test_token_ids_of_other_programs_are_refused_as_what_they_are(put: Put) -> None:
-    index = {"shards": [{"raw_data": {"basename": "shard.00000.mds"}}], "version": 2}
-    path = put("mds/train/index.json", json.dumps(index).encode())
-    put("mds/train/shard.00000.mds", b"\x01\0\0\0")
-    with pytest.raises(ValueError, match=r"index\.json lists the shards of .*train"):
-        text_units([path.removesuffix("/train/index.json")])
-    path = put("megatron/x_text_document.bin", b"\1\0")
-    for source in (path, folder_of(path)):
-        with pytest.raises((ValueError, FileNotFoundError), match="the texts that these were made"):
-            text_units([source])
-    # Records may be called so.
-    assert texts(read(put("own/index.json", lines(["a"])))) == ["a"]
 
 
 def test_a_folder_is_one_unit_a_file_by_its_format_in_order(put: Put) -> None:

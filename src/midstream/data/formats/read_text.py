@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from midstream.core.digests import TEXT_SUFFIXES, plain_name
+from midstream.core.digests import TEXT_SUFFIXES
 from midstream.data.formats.files import (
     base_name,
     exists,
@@ -28,7 +28,6 @@ from midstream.data.formats.files import (
     join,
     read_head,
     read_lines,
-    shown_files,
     size_of,
 )
 from midstream.data.formats.record_files import (
@@ -55,13 +54,6 @@ from midstream.data.remote import RemoteError
 from midstream.data.source_writer import Reject, RejectedError, or_reject
 
 MANIFEST = "manifest.jsonl"
-# Token ids as nanoGPT, Megatron, OLMo, MosaicML and nanotron keep them.
-_TOKENISED = (".bin", ".idx", ".npy", ".npz", ".mds", ".ds")
-_OF_IDS = (
-    "token ids are read as OpenLM writes them (docs/data.md); give the texts that these were made "
-    "from"
-)
-_INDEX = re.compile(rb'\s*\{\s*"(shards|chunks)"\s*:')
 # What parts the documents of one file of text, on a line of its own.
 _END = re.compile(r"(?m)^<\|endoftext\|>[ \t]*$")
 NO_IDS, EMPTY = "not a list of token ids", "empty text"
@@ -178,13 +170,7 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
 
 
 def _units(source: str) -> list[Unit]:
-    try:
-        files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
-    except FileNotFoundError:
-        if other := next(filter(_is_tokenised, shown_files(source)), None):
-            raise ValueError(f"{other} is no text; {_OF_IDS}") from None
-        raise
-    _refuse_index(files)
+    files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
     refuse_splits(source, files)
     listed = cache(_read_manifest)
     lists = {path for path in files if base_name(path) == MANIFEST and listed(path) is not None}
@@ -227,20 +213,6 @@ def _together(units: Iterable[Unit]) -> Iterator[Unit]:
     yield Unit("txt", tuple(held))
 
 
-def _refuse_index(files: Sequence[str]) -> None:
-    """Raises ValueError for the index that MosaicML's and Lightning's writers put beside shards."""
-    for path in files:
-        if base_name(path) == "index.json" and _INDEX.match(read_head(path, 2**10)):
-            raise ValueError(
-                f"{path} lists the shards of {folder_of(path)}, which are in a streaming format "
-                "that no reader opens; write their texts as lines of JSON or as parquet"
-            )
-
-
-def _is_tokenised(path: str) -> bool:
-    return plain_name(base_name(path)).endswith(_TOKENISED)
-
-
 def _check_tokenised(path: str) -> None:
     for member in islice(scan_tar(path), 1):
         found = or_reject(f"{path}, member {member.name}", _chunk_of, member, path)
@@ -254,13 +226,12 @@ def _check_tokenised(path: str) -> None:
 def _format(path: str) -> str:
     name = full_name(path)
     found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
-    if found is None and _is_tokenised(path):
-        raise ValueError(f"{path} is no text; {_OF_IDS}")
     if found is None:
         known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
         raise ValueError(
             f"{path} is of no known format of texts, by its name or how it begins; known are "
-            f"{known}; name it so if it is one of these, or write its texts as lines of JSON"
+            f"{known}; name it so if it is one of these, or write its texts (those that token ids "
+            "were made from) as lines of JSON"
         )
     return found
 
