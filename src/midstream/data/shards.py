@@ -28,9 +28,10 @@ from midstream.data.examples import (
     text_example,
 )
 from midstream.data.formats.conversations import conversation_units, read_conversations
+from midstream.data.formats.document_parts import document_of
 from midstream.data.formats.files import exists, is_folder, is_url
 from midstream.data.formats.read_captions import caption_units, read_captions
-from midstream.data.formats.read_documents import document_of, document_units, read_documents
+from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import (
     FILES,

@@ -3,10 +3,9 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
-from midstream.data.examples import IMAGE_MARK
+from midstream.data.examples import IMAGE_MARK, without_marks
 from midstream.data.formats.pictures import picture_in
 from midstream.data.formats.record_files import unquoted
 from midstream.data.formats.records import is_picture
@@ -100,12 +99,7 @@ class Said:
     @property
     def placed(self) -> tuple[str, tuple[int, ...]]:
         """The text without marks and space around it, and where in it they stood."""
-        pieces = self.text.split(IMAGE_MARK)
-        whole = "".join(pieces)
-        text = whole.strip()
-        before = len(whole) - len(whole.lstrip())
-        ends = list(accumulate(map(len, pieces)))[:-1]
-        return text, tuple(min(max(end - before, 0), len(text)) for end in ends)
+        return without_marks(self.text)
 
 
 def pair_in(values: Mapping[str, Any]) -> tuple[str, str] | None:
