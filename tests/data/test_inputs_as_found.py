@@ -20,7 +20,6 @@ from midstream.data.formats.records import ReadOptions
 ROWS = [{"image": f"{n}.png", "caption": f"box {n}"} for n in range(3)]
 LINES = [{"file_name": row["image"], "text": row["caption"]} for row in ROWS]
 BOXES = ["box 0", "box 1", "box 2"]
-TALK = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}]
 PLAIN = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
 BASE64 = base64.b64encode(png(1)).decode()
 
