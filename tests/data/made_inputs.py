@@ -1,5 +1,6 @@
 """Small inputs for the preparation of one source, and short ways to prepare them."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -7,7 +8,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import pytest
+import pyarrow
+from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from inputs import png, tar
@@ -16,16 +18,8 @@ from midstream.data.prepare_source import plan_source, prepare_source
 from midstream.data.shards import READERS, units_of
 from midstream.data.sources import Source
 
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 OPTIONS = ReadOptions()
 Put = Callable[[str, bytes], str]
-
-
-def shared(name: str) -> str:
-    """A file or folder of the real data; skips the test where it is not on this machine."""
-    if not (SHARED / name).exists():
-        pytest.skip(f"the real data {name} is not on this machine; docs/real-data.md lists it")
-    return str(SHARED / name)
 
 
 def as_json(value: Any) -> bytes:
@@ -34,6 +28,13 @@ def as_json(value: Any) -> bytes:
 
 def as_lines(records: Sequence[Any]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def as_parquet(rows: Sequence[Any]) -> bytes:
+    """A table of such rows."""
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), stream)
+    return stream.getvalue()
 
 
 def read_all(section: Section, *sources: str, options: ReadOptions = OPTIONS) -> list[Any]:

@@ -1,23 +1,20 @@
 """Conversations in the layouts of other programs: what is read, what is refused, what is learnt."""
 
-import io
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pytest
-from made_inputs import Put, as_json, as_lines, read_all, tokenizer_file
-from pyarrow import parquet
+from made_inputs import Put, as_json, as_lines, as_parquet, read_all, tokenizer_file
 
 from inputs import png, tar
 from midstream.data.examples import TextCodec, Turn, conversation_example
+from midstream.data.formats.conversations import Conversation, conversation_of
 from midstream.data.formats.records import ReadOptions
-from midstream.data.formats.said import ConversationError
-from midstream.data.formats.turns import Conversation, conversation_of
-from midstream.data.source_writer import Reject
+from midstream.data.source_writer import Reject, RejectedError
 
 CODEC = TextCodec.from_file(tokenizer_file())
 Record = dict[str, Any]
@@ -35,7 +32,9 @@ def talk(*turns: Any, **others: Any) -> Record:
     return {"messages": list(turns), **others}
 
 
-def asked(question: str, *pictures: str, places: tuple[int, ...] | None = None) -> Conversation:
+def asked(
+    question: str, *pictures: str | bytes, places: tuple[int, ...] | None = None
+) -> Conversation:
     """One question with the reply "R."; its pictures stand before it where no places are given."""
     places = (0,) * len(pictures) if places is None else places
     return Conversation((Turn(question, "R.", "", places),), pictures)
@@ -66,10 +65,16 @@ PAIRED: list[tuple[Record, Conversation]] = [
 def test_pairs_are_conversations_alone_in_lists_and_behind_their_history(
     record: Record, expected: Conversation
 ) -> None:
-    assert conversation_of(record, "here") == expected
+    assert conversation_of(record) == expected
+
+
+def text_part(text: str) -> Record:
+    return {"type": "text", "text": text}
 
 
 AB = {"images": ["a", "b"]}
+BASE64 = base64.b64encode(png(1)).decode()
+NOTHING = {"bytes": None, "path": None}
 BOTH = Conversation((Turn("Q?", "R.", "", (0,)), Turn("And?", "R.", "", (0,))), ("a", "b"))
 LETTERS = Conversation((Turn("Q", "R.", "", (0,)), Turn("A", "R.", "", (0,))), ("a", "b"))
 TWELVE = {f"<image_{n}>": f"{n}.jpg" for n in range(12)}
@@ -126,6 +131,34 @@ SHOWN: list[tuple[Record, Conversation]] = [
     (talk(ask("Q?"), reply("R."), file_name="chat.txt", pictures=0, video=False), asked("Q?")),
     (talk(ask("Q?"), reply("R."), file_name="a.JPG?b=1"), asked("Q?", "a.JPG?b=1")),
     ({"question": "Q?", "answer": "R.", "choices": "[]", "hint": ""}, asked("Q?")),
+    # Names in Qwen-VL's marks, and such marks in a talk about pages.
+    (
+        talk(ask("<img>1.png</img>Q?"), reply("R."), image="1.png", images=[None, NOTHING]),
+        asked("Q?", "1.png"),
+    ),
+    (talk(ask("Picture 1: <img>1.png</img>\nQ?"), reply("R.")), asked("Q?", "1.png")),
+    (talk(ask("<img>x</img>?"), reply("<img>")), Conversation((Turn("<img>x</img>?", "<img>"),))),
+    # A content of one part, texts under other names, and a system text of parts.
+    (talk(ask(text_part("Q?")), reply(text_part("R.")), images=[None]), asked("Q?")),
+    (
+        talk(ask([{"type": "text", "content": "Q?"}]), reply("R."), system=[text_part("S.")]),
+        SYSTEM,
+    ),
+    # Pictures in base64, in parts without a type too, and lists as text.
+    *(
+        (talk(ask([part, {"text": "Q?"}]), reply([{"text": "R."}])), asked("Q?", png(1)))
+        for part in (
+            {"type": "image_url", "image_url": {"url": BASE64}},
+            {"type": "image", "source": {"type": "base64", "data": BASE64}},
+            {"type": "image", "base64": BASE64},
+            {"image": BASE64},
+        )
+    ),
+    (talk(ask("<image>Q?"), reply("R."), image=BASE64), asked("Q?", png(1))),
+    (
+        {"images": json.dumps([BASE64]), "messages": json.dumps([ask("<image>Q?"), reply("R.")])},
+        asked("Q?", png(1)),
+    ),
     # NaN is nothing.
     (
         talk(ask("Q?"), reply("R."), image="a", video=float("nan"), system=float("nan")),
@@ -138,7 +171,7 @@ SHOWN: list[tuple[Record, Conversation]] = [
 def test_pictures_are_found_where_other_programs_name_and_mark_them(
     record: Record, expected: Conversation
 ) -> None:
-    assert conversation_of(record, "here") == expected
+    assert conversation_of(record) == expected
 
 
 @pytest.mark.parametrize(
@@ -181,8 +214,8 @@ def test_pictures_are_found_where_other_programs_name_and_mark_them(
 def test_what_would_be_learnt_wrongly_is_refused_with_its_reason(
     record: Record, reason: str
 ) -> None:
-    with pytest.raises(ConversationError) as caught:
-        conversation_of(record, "here")
+    with pytest.raises(RejectedError) as caught:
+        conversation_of(record)
     assert caught.value.reason == reason
 
 
@@ -196,11 +229,11 @@ def test_what_would_be_learnt_wrongly_is_refused_with_its_reason(
     ],
 )
 def test_what_speaks_of_no_picture_leaves_a_text_alone(others: Record) -> None:
-    assert conversation_of(talk(ask("Q?"), reply("R."), **others), "here") == asked("Q?")
+    assert conversation_of(talk(ask("Q?"), reply("R."), **others)) == asked("Q?")
 
 
 def test_a_key_beside_the_pictures_that_are_read_is_nothing() -> None:
-    found = conversation_of(talk(ask("Q?"), reply("R."), image="a", mask="a.png"), "here")
+    found = conversation_of(talk(ask("Q?"), reply("R."), image="a", mask="a.png"))
     assert found == asked("Q?", "a")
 
 
@@ -209,15 +242,13 @@ def test_pictures_in_a_column_that_is_not_read_are_refused_by_its_name(
     put: Put, first: bytes | None
 ) -> None:
     rows = [{"decoded": {"bytes": held, "path": None}, "image": None} for held in (first, png(1))]
-    stream = io.BytesIO()
-    table = [row | {"question": "Q?", "answer": "R."} for row in rows]
-    parquet.write_table(pyarrow.Table.from_pylist(table), stream)
+    data = as_parquet([row | {"question": "Q?", "answer": "R."} for row in rows])
     with pytest.raises(ValueError, match=r"a\.parquet has a column 'decoded' of pictures, which"):
-        read_all("conversations", put("a.parquet", stream.getvalue()))
+        read_all("conversations", put("a.parquet", data))
 
 
 def test_replies_before_the_first_question_are_left_out_and_counted() -> None:
-    found = conversation_of(talk(reply("Hi."), ask("<image>Q?"), reply("R."), image="a"), "here")
+    found = conversation_of(talk(reply("Hi."), ask("<image>Q?"), reply("R."), image="a"))
     assert found == replace(asked("Q?", "a"), left_out=("reply without a question",))
 
 
@@ -225,7 +256,7 @@ def test_replies_before_the_first_question_are_left_out_and_counted() -> None:
 def test_a_reply_of_weight_0_is_seen_and_not_learnt(no: Record) -> None:
     yes = dict.fromkeys(no, 1)
     turns = [ask("Q?", **no), reply("Bad.", **no), ask("Again?"), reply("Good.", **yes)]
-    found = conversation_of(talk(*turns), "here")
+    found = conversation_of(talk(*turns))
     assert [turn.learnt for turn in found.turns] == [False, True]
     example = conversation_example(CODEC, found.turns)
     ids = np.asarray(example.input_ids)
@@ -237,7 +268,7 @@ def test_a_reply_of_weight_0_is_seen_and_not_learnt(no: Record) -> None:
 
 def test_messages_of_a_prompt_are_not_learnt() -> None:
     prompt = [ask("A?"), reply("a"), ask("Q?")]
-    found = conversation_of({"prompt": prompt, "completion": [reply("R.")]}, "here")
+    found = conversation_of({"prompt": prompt, "completion": [reply("R.")]})
     assert found.turns == (Turn("A?", "a", learnt=False), Turn("Q?", "R."))
     assert "weight" not in prompt[1]
 

@@ -25,8 +25,8 @@ from midstream.data.examples import (
     text_example,
     without_marks,
 )
-from midstream.data.formats.said import ConversationError
-from midstream.data.formats.turns import Conversation, conversation_of
+from midstream.data.formats.conversations import Conversation, conversation_of
+from midstream.data.source_writer import RejectedError
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -218,7 +218,7 @@ def test_a_record_gives_its_turns_without_the_image_mark(
     if image:
         turns[0] = ("human", "<image>\n" + turns[0][1])
     expected = tuple(Turn(q.strip(), a.strip()) for q, a in clean)
-    assert conversation_of(record(*turns, **others), "here") == talk_of(expected, *others.values())
+    assert conversation_of(record(*turns, **others)) == talk_of(expected, *others.values())
 
 
 ASK, REPLY = ("human", "What?"), ("gpt", "A cat.")
@@ -283,8 +283,8 @@ SHOWN = ("human", "<image>\nWhat?")
 def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
     bad: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(ConversationError, match=r"^llava\.json, record 'r7': ") as caught:
-        conversation_of(bad, "llava.json, record 'r7'")
+    with pytest.raises(RejectedError) as caught:
+        conversation_of(bad)
     assert caught.value.reason == reason
     renamed = {"value": "content", "from": "role", "human": "user", "gpt": "assistant"}
     turns = bad.get("conversations")
@@ -294,15 +294,15 @@ def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
             for turn in turns
         ]
         other = {key: value for key, value in bad.items() if key != "conversations"}
-        with pytest.raises(ConversationError) as caught:
-            conversation_of({"messages": moved, **other}, "here")
+        with pytest.raises(RejectedError) as caught:
+            conversation_of({"messages": moved, **other})
         assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("others", [{}, {"image": ""}, {"image": float("nan")}, {"images": []}])
 def test_an_absent_picture_makes_a_text_only_record(others: dict[str, Any]) -> None:
     expected = talk_of([Turn("What?", "A cat.")])
-    assert conversation_of(record(ASK, REPLY, **others), "here") == expected
+    assert conversation_of(record(ASK, REPLY, **others)) == expected
 
 
 @pytest.mark.parametrize("others", [{"image": "a.jpg"}, {"images": ["a.jpg"]}])
@@ -315,8 +315,8 @@ def test_both_layouts_give_the_same_turns_and_picture(others: dict[str, Any]) ->
     ]
     shown = record(SHOWN, REPLY, ("human", "Sure?"), ("gpt", "Yes"), **others)
     expected = talk_of([Turn("What?", "A cat."), Turn("Sure?", "Yes")], "a.jpg")
-    assert conversation_of(shown, "here") == expected
-    assert conversation_of({"messages": messages, **others}, "here") == expected
+    assert conversation_of(shown) == expected
+    assert conversation_of({"messages": messages, **others}) == expected
 
 
 PARTS: list[tuple[list[Any], str | bytes]] = [
@@ -342,23 +342,19 @@ def test_lists_keys_and_parts_go_together_in_every_way(
     others = {"images": ["a.jpg"]} if picture == "a.jpg" else {}
     talk: dict[str, Any] = {"conversations": []}
     talk |= {key: [dict(zip(keys, turn, strict=True)) for turn in said], **others}
-    assert conversation_of(talk, "here") == talk_of([Turn("What?", "A\ncat.")], picture)
+    assert conversation_of(talk) == talk_of([Turn("What?", "A\ncat.")], picture)
 
 
 def test_a_picture_alone_is_a_question_and_a_part_in_its_midst_stands_there() -> None:
     alone = record(("human", "<image>"), REPLY, ("human", "Sure?"), REPLY, image="a.jpg")
     turns = [Turn("", "A cat."), Turn("Sure?", "A cat.")]
-    assert conversation_of(alone, "here") == talk_of(turns, "a.jpg")
+    assert conversation_of(alone) == talk_of(turns, "a.jpg")
     midst = ["Is ", {"type": "image", "image": "a.jpg"}, " a cat?"]
-    assert (
-        conversation_of(record(("human", midst), REPLY), "here").turns[0].question == "Is  a cat?"
-    )
-    with pytest.raises(ConversationError, match="empty turn"):
-        conversation_of(
-            record(("human", "<image>"), REPLY, ("human", ""), REPLY, image="a"), "here"
-        )
+    assert conversation_of(record(("human", midst), REPLY)).turns[0].question == "Is  a cat?"
+    with pytest.raises(RejectedError, match="empty turn"):
+        conversation_of(record(("human", "<image>"), REPLY, ("human", ""), REPLY, image="a"))
     twice = record(("human", [{"type": "image", "image": name} for name in "ab"]), REPLY)
-    assert conversation_of(twice, "here") == talk_of([Turn("", "A cat.")], "a", "b")
+    assert conversation_of(twice) == talk_of([Turn("", "A cat.")], "a", "b")
 
 
 def test_pairs_of_a_user_and_an_assistant_have_their_picture_in_front() -> None:
@@ -370,14 +366,14 @@ def test_pairs_of_a_user_and_an_assistant_have_their_picture_in_front() -> None:
         shown,
         shown | {"texts": {k: [x[k] for x in pairs] for k in ("user", "assistant")}},
     ):
-        assert conversation_of(talk, "here") == talk_of(turns, b"PNG")
-    assert conversation_of({"texts": pairs}, "here") == talk_of(turns)
+        assert conversation_of(talk) == talk_of(turns, b"PNG")
+    assert conversation_of({"texts": pairs}) == talk_of(turns)
 
 
 def test_a_system_text_stands_masked_before_the_question_that_it_comes_before() -> None:
     nice, brief = ("system", " Be nice.\n"), ("system", "Be brief.")
     sure, yes = ("human", "Sure?"), ("gpt", "Yes")
-    found = conversation_of(record(nice, ASK, REPLY, brief, sure, yes), "here")
+    found = conversation_of(record(nice, ASK, REPLY, brief, sure, yes))
     assert found.turns == (Turn("What?", "A cat.", "Be nice."), Turn("Sure?", "Yes", "Be brief."))
     for same in (
         record(ASK, REPLY, system="Be nice."),
@@ -385,8 +381,8 @@ def test_a_system_text_stands_masked_before_the_question_that_it_comes_before() 
         record(ASK, nice, REPLY),
         record(("system", ""), nice, ASK, REPLY),
     ):
-        assert conversation_of(same, "here").turns == found.turns[:1]
-    both = conversation_of(record(nice, SHOWN, REPLY, system="See.", image="a.jpg"), "here")
+        assert conversation_of(same).turns == found.turns[:1]
+    both = conversation_of(record(nice, SHOWN, REPLY, system="See.", image="a.jpg"))
     assert both == talk_of([Turn("What?", "A cat.", "See.\nBe nice.")], "a.jpg")
     example = conversation_example(CODEC, found.turns, has_image=True)
     expected = [(CODEC.separator, 0)]
@@ -420,15 +416,15 @@ def test_a_question_without_a_reply_to_learn_is_left_out_and_counted(
     whole = [Turn("What?", "A cat."), Turn("Sure?", "Yes")]
     sure, yes = ("human", "Sure?"), ("gpt", "Yes")
     for turns in ([*left, ASK, REPLY, sure, yes], [ASK, REPLY, *left, sure, yes]):
-        found = conversation_of(record(*turns), "here")
+        found = conversation_of(record(*turns))
         assert found == talk_of(whole, left_out=(reason,))
-    found = conversation_of(record(ASK, REPLY, *left), "here")
+    found = conversation_of(record(ASK, REPLY, *left))
     assert found == talk_of(whole[:1], left_out=(reason,))
     # What it was told goes on to the next question, or is counted where there is none.
     told = [("system", "Be nice."), *left]
-    found = conversation_of(record(*told, ASK, REPLY), "here")
+    found = conversation_of(record(*told, ASK, REPLY))
     assert found.turns == (Turn("What?", "A cat.", "Be nice."),)
-    found = conversation_of(record(ASK, REPLY, *told), "here")
+    found = conversation_of(record(ASK, REPLY, *told))
     assert found.left_out == (reason, "system turn without a question")
 
 
@@ -441,14 +437,14 @@ def test_a_reply_that_is_a_call_is_left_out_with_all_up_to_the_next_question() -
         {"role": "user", "content": "Thanks."},
         {"role": "assistant", "content": "Any time."},
     ]
-    found = conversation_of({"messages": messages}, "here")
+    found = conversation_of({"messages": messages})
     assert found == talk_of([Turn("Thanks.", "Any time.")], left_out=("tool turn",))
 
 
 def test_a_picture_stays_where_the_question_that_shows_it_is_left_out() -> None:
     talk = record(SHOWN, ("gpt", ""), ("human", "Sure?"), ("gpt", "Yes"), image="a.jpg")
     expected = talk_of([Turn("Sure?", "Yes")], "a.jpg", left_out=("empty reply",))
-    assert conversation_of(talk, "here") == expected
+    assert conversation_of(talk) == expected
 
 
 def test_pictures_stand_where_their_marks_stood() -> None:
@@ -457,23 +453,23 @@ def test_pictures_stand_where_their_marks_stood() -> None:
     ab = ["a.jpg", "b.jpg"]
     front = record(("human", "<image>\n<image>\nWhich is a cat?"), ("gpt", "1"), image=ab)
     expected = (Turn("Which is a cat?", "1", "", (0, 0)),)
-    assert conversation_of(front, "here") == Conversation(expected, tuple(ab))
+    assert conversation_of(front) == Conversation(expected, tuple(ab))
     apart = ("human", " Left: <image>, right:\n<image>\n"), ("gpt", "Yes")
     expected = (Turn("Left: , right:", "Yes", "", (6, 14)),)
-    assert conversation_of(record(*apart, images=ab), "here") == Conversation(expected, tuple(ab))
+    assert conversation_of(record(*apart, images=ab)) == Conversation(expected, tuple(ab))
     named = [{"type": "image_url", "image_url": {"url": "b.jpg"}}, {"type": "text", "text": "It?"}]
     later = record(SHOWN, REPLY, ("human", ["And ", *named]), ("gpt", "No"), image="a.jpg")
     expected = (Turn("What?", "A cat.", "", (0,)), Turn("And It?", "No", "", (4,)))
-    assert conversation_of(later, "here") == Conversation(expected, tuple(ab))
+    assert conversation_of(later) == Conversation(expected, tuple(ab))
     lone = record(ASK, REPLY, ("human", "And this? <image>"), ("gpt", "No"), image="b.jpg")
     expected = (Turn("What?", "A cat."), Turn("And this?", "No", "", (9,)))
-    assert conversation_of(lone, "here") == Conversation(expected, ("b.jpg",))
+    assert conversation_of(lone) == Conversation(expected, ("b.jpg",))
     twice = record(SHOWN, REPLY, ("human", "<image>Sure?"), ("gpt", "No"), image=["a", "a"])
-    assert conversation_of(twice, "here").pictures == ("a", "a")
+    assert conversation_of(twice).pictures == ("a", "a")
     both = {"images": ab, **later}
-    assert conversation_of({**both, "image": None}, "here").pictures == tuple(ab)
+    assert conversation_of({**both, "image": None}).pictures == tuple(ab)
     many = ["p"] * 200
-    shown = conversation_of(record(("human", "<image>" * 200 + "?"), REPLY, images=many), "here")
+    shown = conversation_of(record(("human", "<image>" * 200 + "?"), REPLY, images=many))
     assert shown.turns[0].pictures == (0,) * 200
 
 
@@ -489,7 +485,7 @@ def test_marks_in_any_place_leave_the_text_and_stand_before_the_same_letters(
     ends = [0, *cuts, len(question)]
     marked = "<image>".join(question[low:high] for low, high in pairwise(ends))
     names = [f"{n}.jpg" for n in range(len(cuts))]
-    found = conversation_of(record(("human", marked), REPLY, images=names), "here")
+    found = conversation_of(record(("human", marked), REPLY, images=names))
     (turn,) = found.turns
     assert (turn.question, found.pictures) == (question.strip(), tuple(names))
     letters = [question[:cut].count("a") for cut in cuts]
@@ -503,7 +499,7 @@ def test_pictures_of_questions_that_are_left_out_go_to_the_next_or_are_counted()
         *(("human", "C <image>?"), none),
         images=["a", "b", "c"],
     )
-    found = conversation_of(talk, "here")
+    found = conversation_of(talk)
     assert found.turns == (Turn("B ?", "Yes", "", (0, 2)),)
     assert found.pictures == ("a", "b")
     assert found.left_out == ("empty reply", "empty reply", "picture without a question left")
@@ -514,14 +510,12 @@ def test_pairs_that_are_rated_too_low_are_left_out() -> None:
     talk = {"texts": pairs, "images": ["a", "b"], "relevance_ratings": [1, 5, 5]}
     talk |= {"formatting_ratings": [5, None, 2], "visual_dependency_ratings": None}
     left = ("rated too low",)
-    assert len(conversation_of(talk, "here").turns) == 3
+    assert len(conversation_of(talk).turns) == 3
     expected = talk_of([Turn("1?", "Yes"), Turn("2?", "Yes")], "a", "b", left_out=left)
-    assert conversation_of(talk, "here", 2) == expected
-    assert conversation_of(talk, "here", 3) == talk_of(
-        [Turn("1?", "Yes")], "a", "b", left_out=left * 2
-    )
-    with pytest.raises(ConversationError, match="no reply left"):
-        conversation_of(talk, "here", 6)
+    assert conversation_of(talk, 2) == expected
+    assert conversation_of(talk, 3) == talk_of([Turn("1?", "Yes")], "a", "b", left_out=left * 2)
+    with pytest.raises(RejectedError, match="no reply left"):
+        conversation_of(talk, 6)
 
 
 def test_a_tokenizer_file_reads_back_and_its_own_cut_and_padding_are_off(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import json
 import lzma
 import os
 import random
@@ -439,27 +438,6 @@ def test_only_files_of_one_size_and_equal_ends_are_read_whole(
     sizes.pop(str(tmp_path / "03.tar"))
     refuse_twins(sizes)
     assert "13.tar" not in {name for name, _ in read}
-
-
-def test_every_kind_of_source_refuses_copies_before_it_writes_anything(tmp_path: Path) -> None:
-    talk = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
-    talks = tmp_path / "talks"
-    talks.mkdir()
-    (talks / "train.json").write_text(json.dumps([talk]))
-    (talks / "train.jsonl").write_text(json.dumps(talk) + "\n")
-    (tmp_path / "tars/old").mkdir(parents=True)
-    for name, number in (("0.tar", 1), ("1.tar", 2), ("old/0.tar", 1)):
-        data = tar({f"{number}.txt": b"[%d, 5, 6]" % number})
-        (tmp_path / "tars" / name).write_bytes(data)
-    for section, folder, both in (
-        ("conversations", talks, ("train.json ", "train.jsonl ")),
-        ("text", tmp_path / "tars", ("/0.tar", "old/0.tar")),
-        ("captions", tmp_path / "tars", ("/0.tar", "old/0.tar")),
-    ):
-        with pytest.raises(ValueError, match="would count twice") as caught:
-            run(section, folder, tmp_path / "out")  # type: ignore[arg-type]
-        assert all(name in str(caught.value) for name in both)
-        assert not (tmp_path / "out").exists()
 
 
 def test_what_is_named_alone_is_read_beside_its_copy(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import shared
 from PIL import ExifTags, Image
 
 from midstream.config import ImageTransform
@@ -110,18 +108,6 @@ def test_even_noise_is_within_40_decibels_of_pillow(width: int, height: int, res
     picture = Image.fromarray(noise(width, height))
     found = bytes_of(to_pixels(picture, transform), transform)
     assert psnr(found, by_pillow(picture, transform)) >= 40
-
-
-def test_photographs_are_within_50_decibels_of_pillow() -> None:
-    paths = sorted(Path(shared("vqa_official_samples")).rglob("*.jpg"))[:12]
-    assert len(paths) == 12
-    for path in paths:
-        picture = decode(path.read_bytes(), str(path))
-        for turned in (picture, picture.transpose(Image.Transpose.ROTATE_90)):
-            for resize in RESIZES:
-                transform = ImageTransform(size=384, resize=resize)
-                found = bytes_of(to_pixels(turned, transform), transform)
-                assert psnr(found, by_pillow(turned, transform)) >= 50
 
 
 @given(size=st.integers(1, 30), resize=st.sampled_from(RESIZES), seed=st.integers(0, 99))
@@ -436,15 +422,6 @@ def test_what_is_no_usable_picture_is_refused_with_record_and_reason(
         decode(data, "a.jpg")
     assert reason in str(caught.value)
     assert "replace or remove this record" in str(caught.value)
-
-
-def test_a_refusal_reads_the_same_every_time() -> None:
-    messages = set()
-    for _ in range(3):
-        with pytest.raises(ValueError, match="cannot identify") as caught:
-            decode(b"no picture", "x")
-        messages.add(str(caught.value))
-    assert len(messages) == 1
 
 
 def test_lack_of_memory_is_not_the_fault_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:

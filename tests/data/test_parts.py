@@ -15,11 +15,10 @@ from midstream.core.tokens import TokenCount
 from midstream.data import source_writer
 from midstream.data.feature_store import FeatureStore, StoredImages
 from midstream.data.images import LiveImages, encode_fixed
-from midstream.data.lengths import SourceLengths
+from midstream.data.lengths import SourceLengths, picture_views
 from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.source_writer import Image, ShardWriter, Shown
 from midstream.data.sources import Source, content_hash
-from midstream.data.views import picture_views
 from midstream.order.stream import parts_of, pieces_of
 from midstream.train import held_out
 

@@ -14,10 +14,10 @@ from made import make_source
 from pydantic import ValidationError
 
 from midstream.config import Amount, Amounts, Budget, Mixture, Rows, Sampling, Share
-from midstream.data import views
+from midstream.data import lengths
+from midstream.data.lengths import picture_views
 from midstream.data.rows import plan_rows, shares_report
 from midstream.data.sources import Pictures, Source
-from midstream.data.views import picture_views
 from midstream.order import stream
 from midstream.order.mixture import Supply, quotas_of
 from midstream.order.plan import RowPlan
@@ -171,7 +171,7 @@ def test_text_and_sources_too_large_have_no_ledger(
     shares = (Share(source="pics", share=0.5), Share(source="web", share=0.5))
     plan = plan_rows(sources, PATCHES, Mixture(total_tokens=200, shares=shares), ROWS, 5)
     assert picture_views(plan.quotas[1], web) is None
-    monkeypatch.setattr(views, "MOST_PICTURES", NUM_EXAMPLES - 1)
+    monkeypatch.setattr(lengths, "MOST_PICTURES", NUM_EXAMPLES - 1)
     assert picture_views(plan.quotas[0], pics) is None
 
 

@@ -88,17 +88,6 @@ def test_a_picture_that_is_none_is_counted_and_named(
     assert f"1 x {reason}: fetch them again" in str(caught.value)
 
 
-def test_a_bad_picture_that_many_records_share_is_a_reject_of_each(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/1.png").write_bytes(png(1)[:40])
-    (tmp_path / "in/2.png").write_bytes(png(2))
-    records = [TALKS[0] | {"id": n, "image": f"{1 + n % 2}.png"} for n in range(10)]
-    (tmp_path / "in/llava.json").write_text(json.dumps(records))
-    found = run("conversations", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.5)
-    assert found["rejects"] == {UNDECODED: 5}
-    assert found["train"]["images"] == 5
-
-
 def test_a_picture_that_comes_or_is_mended_later_is_taken_by_the_next_run(tmp_path: Path) -> None:
     source, out = write_pictures(tmp_path / "in", 6), tmp_path / "out"
     (source / "1.png").unlink()
@@ -172,17 +161,6 @@ def test_the_limit_is_a_share_of_the_records_and_going_over_it_ends_with_the_lis
         assert str(out / "rejects.jsonl") in text
         assert not (out / "source.json").exists()
     assert len(listed(out)) == bad
-
-
-def test_a_long_list_of_rejects_is_cut_in_the_message_and_whole_in_its_file(tmp_path: Path) -> None:
-    source, out = write_texts(tmp_path / "in", 3, 50, bad=range(0, 150, 2)), tmp_path / "out"
-    with pytest.raises(ValueError, match="75 of 150 records") as caught:
-        run("text", source, out)
-    lines = str(caught.value).splitlines()
-    assert sum(" line " in line for line in lines) == 3
-    assert [item["where"] for item in listed(out)] == [
-        f"in/part-{number // 50}.jsonl, line {number % 50 + 1}" for number in range(0, 150, 2)
-    ]
 
 
 @pytest.mark.parametrize("by_command", [True, False])

@@ -1,19 +1,15 @@
 """Conversations: LLaVA's and ShareGPT's layouts, cut into units, with the pictures' own bytes."""
 
 import gzip
-import lzma
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import OPTIONS, Put, as_json, as_lines, read_all, shared
+from made_inputs import OPTIONS, Put, as_json, as_lines, read_all
 
-from midstream.data.examples import Turn
-from midstream.data.formats import captions
 from midstream.data.formats import conversations as module
 from midstream.data.formats.conversations import conversation_units, read_conversations
 from midstream.data.formats.records import ConversationRecord, Picture, ReadOptions
@@ -179,38 +175,6 @@ def test_bytes_that_are_no_utf8_cost_one_record(put: Put) -> None:
     assert found[1].reason == "not UTF-8"
 
 
-def test_a_picture_at_the_limit_is_whole_and_one_above_is_too_large(
-    put: Put, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(captions, "LARGEST_BYTES", 1000)
-    put("a.jpg", b"x" * 1000)
-    put("b.jpg", b"x" * 1001)
-    records = [llava("<image>?", "So.", image=name) for name in ("a.jpg", "b.jpg")]
-    assert [shown(item) for item in read(put("a.json", as_json(records)))] == [
-        ((("?", "So."),), b"x" * 1000),
-        "picture too large",
-    ]
-
-
-def test_texts_of_many_characters_are_taken_whole(put: Put) -> None:
-    question, reply = "why " * 50_000 + "?", "\u65e5" * 150_000
-    (found,) = read(put("a.json", as_json([llava(question, reply)])))
-    assert found.turns == (Turn(question, reply),)
-
-
-def test_the_real_sharegpt_sample_gives_its_records_with_their_pictures() -> None:
-    found = read(shared("instruct_samples/llamafactory"))
-    assert all(isinstance(item, ConversationRecord) for item in found)
-    names = [[Path(picture.file).name for picture in item.pictures] for item in found]
-    assert names == [["1.jpg", "1.jpg"], ["2.jpg"], ["3.jpg"]] * 2
-    for item in found:
-        assert len(item.turns) == 2
-        assert [x.data for x in item.pictures] == [Path(x.file).read_bytes() for x in item.pictures]
-    assert found[4].turns[0][0] == "他是谁？"
-    # The second picture stands behind the second question.
-    assert [turn.pictures for turn in found[3].turns] == [(0,), (7,)]
-
-
 # Units.
 
 
@@ -247,13 +211,6 @@ def test_a_folder_is_its_llava_json_or_all_its_json_files(put: Put) -> None:
     assert [item.turns[0][0] for item in read(f"{root}/*.jsonl")] == ["1?"]
     put("llava.json", as_json([talk(3)]))
     assert [item.turns[0][0] for item in read(root)] == ["3?"]
-
-
-def test_lists_and_lines_are_told_apart_by_their_content(put: Put) -> None:
-    for name, write in (("a.json", as_lines), ("b.jsonl", as_json), ("C.JSON", as_json)):
-        assert [x.turns[0][0] for x in read(put(name, write([talk(1), talk(2)])))] == ["1?", "2?"]
-    packed = put("d.json.xz", lzma.compress(as_json([talk(3)])))
-    assert [x.turns[0][0] for x in read(packed)] == ["3?"]
 
 
 def test_a_json_file_that_holds_no_list_is_refused_by_name(put: Put) -> None:

@@ -14,18 +14,18 @@ from typing import Any
 
 import pyarrow
 import pytest
-from made_inputs import OPTIONS, Put, as_json, as_lines
+from made_inputs import OPTIONS, Put, as_json, as_lines, as_parquet
 from PIL import Image
 from pyarrow import parquet
 
 from inputs import png, tar
 from midstream.data.formats.document_parts import document_of
-from midstream.data.formats.picture_urls import INDEX, PicturesByUrl, index_urls
+from midstream.data.formats.pictures import INDEX, PicturesByUrl, index_urls
 from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.records import DocumentRecord, Picture, ReadOptions
 from midstream.data.images import decode
 from midstream.data.shard_state import unread_files
-from midstream.data.source_writer import Reject
+from midstream.data.source_writer import Reject, or_reject
 
 MARK = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 A, B, C = "https://a.example/a.jpg", "https://b.example/b.png?x=1", "https://c.example/c.png"
@@ -45,12 +45,6 @@ def shown(item: Any) -> Any:
 
 def numbered(data: bytes) -> int | bytes:
     return next((n for n in range(9) if png(n) == data), data)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> bytes:
-    stream = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), stream)
-    return stream.getvalue()
 
 
 def obelics(*places: Any, **others: Any) -> dict[str, Any]:
@@ -73,7 +67,7 @@ def img2dataset(folder: Path, pictures: dict[str, int], name: str = "00000.tar")
         members[f"{key}.txt"] = b"alt"
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(tar(members))
-    (folder / "00000.parquet").write_bytes(table([{"url": C, "status": "failed_to_download"}]))
+    (folder / "00000.parquet").write_bytes(as_parquet([{"url": C, "status": "failed_to_download"}]))
     (folder / "00000_stats.json").write_text("{}")
     return str(folder)
 
@@ -90,7 +84,7 @@ def test_obelics_is_read_with_the_pictures_that_img2dataset_fetched(
         obelics((C,), "Gone.", (B,), "Left.", metadata="[{broken", general_metadata="no JSON"),
         obelics((C,), "All gone."),
     ]
-    source = put("data/train-00000-of-00001.parquet", table(rows))
+    source = put("data/train-00000-of-00001.parquet", as_parquet(rows))
     images = img2dataset(tmp_path / "fetched", {A: 0, B: 1})
     found = read(source, options=replace(OPTIONS, images=images))
     assert [shown(item) for item in found] == [
@@ -120,7 +114,7 @@ def test_the_mark_of_a_documents_end_parts_it_wherever_it_stands(put: Put) -> No
         obelics(MARK, b, "Behind."),
         obelics(a, f"x{MARK}y{MARK}z", b),
     ]
-    found = read(put("a.parquet", table(rows)))
+    found = read(put("a.parquet", as_parquet(rows)))
     assert [shown(item) for item in found] == [
         *(["One.", 0, "Two."], ["Three.", 1]),
         [0, "End."],
@@ -130,7 +124,7 @@ def test_the_mark_of_a_documents_end_parts_it_wherever_it_stands(put: Put) -> No
     places = [item.where.partition("row ")[2] for item in found]
     assert places[:3] == ["0, document 0", "0, document 1", "1"]
     # What is left out of a record is counted with its first document that is none of the rejects.
-    (first, second) = read(put("a.parquet", table([obelics(" ", f"Text.{MARK}", a, "One.")])))
+    (first, second) = read(put("a.parquet", as_parquet([obelics(" ", f"Text.{MARK}", a, "One.")])))
     assert (shown(first), shown(second)) == ("- no picture", [0, "One."])
     assert second.left_out == ("place without text or picture",)
 
@@ -166,14 +160,6 @@ def test_places_that_are_not_of_one_text_or_one_picture_are_named(put: Put) -> N
     assert found[1].detail == "a text and a picture at place 0"
 
 
-def test_two_hundred_pictures_in_one_document_are_read(put: Put) -> None:
-    for number in range(3):
-        put(f"{number}.png", png(number))
-    places = [x for n in range(200) for x in ((f"{n % 3}.png",), f"Text {n}.")]
-    (found,) = read(put("a.parquet", table([obelics(*places)])))
-    assert shown(found) == [x for n in range(200) for x in (n % 3, f"Text {n}.")]
-
-
 def test_what_goes_with_a_lost_picture_is_as_it_is_asked_and_counted(put: Put) -> None:
     put("a.png", png(0))
     put("zero.png", b"")
@@ -184,7 +170,7 @@ def test_what_goes_with_a_lost_picture_is_as_it_is_asked_and_counted(put: Put) -
         obelics("1", a, "2"),
         obelics("1", zero, "2"),
     ]
-    path = put("a.parquet", table(rows))
+    path = put("a.parquet", as_parquet(rows))
     missing, empty = "missing picture", "zero-byte picture"
     beside = ("text beside a lost picture",) * 2
     expected: dict[Any, list[Any]] = {
@@ -369,7 +355,7 @@ def test_members_of_a_sample_are_its_pictures_by_their_names(put: Put) -> None:
 def test_pictures_in_a_table_stand_among_its_texts(put: Put) -> None:
     images = [{"bytes": png(1), "path": None}, {"bytes": None, "path": None}, None]
     rows = [{"texts": [None, "One.", "Two."], "images": images}]
-    (found,) = read(put("a.parquet", table(rows)))
+    (found,) = read(put("a.parquet", as_parquet(rows)))
     assert shown(found) == [1, "One.\n\nTwo."]
     assert found.left_out == ()
 
@@ -392,7 +378,7 @@ def rows_of(sample: str, *parts: Any) -> list[dict[str, Any]]:
 def table_of_rows(rows: Sequence[dict[str, Any]]) -> bytes:
     columns = ("sample_id", "position", "modality", "content_type", "text_content")
     columns += ("binary_content", "source_ref", "materialize_error")
-    return table([{key: row.get(key) for key in columns} for row in rows])
+    return as_parquet([{key: row.get(key) for key in columns} for row in rows])
 
 
 def reference(path: str, *place: Any) -> dict[str, Any]:
@@ -455,7 +441,7 @@ def test_rows_of_the_wrong_types_and_places_are_rejects_one_by_one(put: Put) -> 
     numbers = [row | {"text_content": 5} for row in rows]
     lists = [row | {"text_content": "One.", "binary_content": [1]} for row in rows]
     for held, reason in ((numbers, "not a document"), (lists, "no picture")):
-        found = read(put("rows.parquet", table(held)))
+        found = read(put("rows.parquet", as_parquet(held)))
         assert [shown(item) for item in found] == [f"- {reason}"] * 2
     names = pyarrow.array([b"\xff", b"\xff", b"b", b"b"]).view(pyarrow.string())
     held = [row | {"text_content": "One.", "binary_content": png(0)} for row in rows]
@@ -471,7 +457,7 @@ def test_rows_of_the_wrong_types_and_places_are_rejects_one_by_one(put: Put) -> 
 
 def test_files_of_no_document_are_refused_by_name(put: Put) -> None:
     with pytest.raises(ValueError, match=r"a\.parquet has the columns \['text'\].*OBELICS.*MMC4"):
-        read(put("a.parquet", table([{"text": "a"}])))
+        read(put("a.parquet", as_parquet([{"text": "a"}])))
     with pytest.raises(ValueError, match=r"a\.csv is of no known format of documents"):
         read(put("a.csv", b"a,b"))
     with pytest.raises(FileNotFoundError, match="nothing"):
@@ -489,7 +475,7 @@ def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path
     img2dataset(folder, {C: 2, A: 3}, "00001.tar")
     index_urls(str(folder))
     with closing(PicturesByUrl(str(folder))) as pictures:
-        found = [pictures.load(url, "here") for url in (A, B, C, f"{A}x")]
+        found = [or_reject("here", pictures.load, url, "here") for url in (A, B, C, f"{A}x")]
     assert [numbered(x.data) if isinstance(x, Picture) else x.reason for x in found] == [
         *(0, 1, 2),
         "missing picture",
@@ -506,7 +492,10 @@ def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path
     index_urls(str(folder))
     assert (folder / INDEX).stat().st_ino == written.st_ino
     with closing(PicturesByUrl(str(folder))) as pictures:
-        found = [pictures.load(f"https://files.example/{number}", "here") for number in (4, 5, 6)]
+        found = [
+            or_reject("here", pictures.load, f"https://files.example/{number}", "here")
+            for number in (4, 5, 6)
+        ]
         assert [numbered(x.data) if isinstance(x, Picture) else 0 for x in found] == [4, 5, 0]
         assert isinstance(pictures.load(A, "here"), Picture)
     # Fetched anew under the same names, each of as many bytes.
@@ -515,7 +504,10 @@ def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path
     os.utime(folder / "00003/0.json", ns=(1, 1))
     index_urls(str(folder))
     with closing(PicturesByUrl(str(folder))) as pictures:
-        found = [pictures.load(f"https://files.example/{number}", "here") for number in (4, 5, 6)]
+        found = [
+            or_reject("here", pictures.load, f"https://files.example/{number}", "here")
+            for number in (4, 5, 6)
+        ]
     assert [x.data if isinstance(x, Picture) else 0 for x in found] == [0, png(5), png(4)]
     assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == []
 
@@ -608,7 +600,7 @@ def test_a_damaged_tar_among_pictures_is_named_by_the_first_address_that_is_not_
     put("a.png", png(2))
     options = replace(OPTIONS, images=str(folder))
     rows = [obelics("One.", (A,)), obelics("Two.", (B,)), obelics("Three.", (C,))]
-    tables = [put(f"{number}.parquet", table([row])) for number, row in enumerate(rows)]
+    tables = [put(f"{number}.parquet", as_parquet([row])) for number, row in enumerate(rows)]
     # Cut inside a header, compressed.
     for data in (whole[: whole.index(b"000000000.json") + 100], gzip.compress(whole)):
         (folder / "00000.tar").write_bytes(data)
@@ -626,7 +618,7 @@ def test_addresses_under_a_folder_that_holds_no_picture_yet_are_looked_for_again
 ) -> None:
     folder = tmp_path / "fetched"
     folder.mkdir()
-    path = put("a.parquet", table([obelics("One.", (A,))]))
+    path = put("a.parquet", as_parquet([obelics("One.", (A,))]))
     (found,) = read(path, options=replace(OPTIONS, images=str(folder)))
     # What is stamped.
     assert found.detail.startswith(f"{folder}/{INDEX} has no {A}")
@@ -642,7 +634,7 @@ def test_a_text_with_marks_shows_its_pictures_where_they_stand(put: Put) -> None
     ]
     expected = [["One.", 1, 2, "Two."], "- texts and pictures disagree", "- not a document"]
     assert [shown(x) for x in read(put("a.jsonl", as_lines(rows)))] == expected
-    assert [shown(x) for x in read(put("b.parquet", table(rows[:2])))] == expected[:2]
+    assert [shown(x) for x in read(put("b.parquet", as_parquet(rows[:2])))] == expected[:2]
 
 
 def test_nan_is_nothing_and_places_may_be_whole_floats(put: Put) -> None:

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inputs import Members, tar
-from midstream.data.formats import json_records, records
-from midstream.data.formats.json_records import json_object, list_entries, unicode_problem
+from midstream.data.formats import record_files, records
+from midstream.data.formats.record_files import json_object, list_entries, unicode_problem
 from midstream.data.formats.records import TOO_LARGE, TWICE, UNSAFE, Member, samples_of, scan_tar
-from midstream.data.source_writer import Reject
+from midstream.data.source_writer import Reject, or_reject
 
 FORMATS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
 ONE_OF_ALL = ["pax", *(pytest.param(form, marks=pytest.mark.faults) for form in ("gnu", "ustar"))]
@@ -356,7 +356,7 @@ def test_a_list_gives_its_entries_at_any_size_of_the_pieces_read(
     path = tmp_path_factory.getbasetemp() / "entries.json"
     path.write_bytes((bom if piece > 3 else b"") + text.encode("utf-8", "surrogatepass") + b"\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_records, "_PIECE_BYTES", piece)
+        patch.setattr(record_files, "_PIECE_BYTES", piece)
         found = list(list_entries(str(path)))
     assert [json.loads(entry.decode("utf-8", "surrogatepass")) for entry in found] == values
 
@@ -398,8 +398,8 @@ def test_what_is_no_list_is_refused_by_name(tmp_path: Path, data: bytes, message
 def test_an_entry_that_is_too_long_is_refused_by_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_records, "MAX_ENTRY_BYTES", 10_000)
-    monkeypatch.setattr(json_records, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(record_files, "MAX_ENTRY_BYTES", 10_000)
+    monkeypatch.setattr(record_files, "_PIECE_BYTES", 100)
     path = tmp_path / "long.json"
     # A quotation mark too few makes one string of the records behind it.
     path.write_text('[{"a": 1}, {"a": "x}' + ', {"b": 2}' * 5000 + "]")
@@ -431,14 +431,14 @@ def test_a_list_is_read_from_a_url_too() -> None:
     ],
 )
 def test_what_is_no_object_says_why(data: bytes, reason: str) -> None:
-    found = json_object(data, "a.jsonl, line 7")
+    found = or_reject("a.jsonl, line 7", json_object, data)
     assert isinstance(found, Reject)
     assert (found.where, found.reason) == ("a.jsonl, line 7", reason)
 
 
 def test_an_object_is_read_and_half_a_surrogate_pair_is_noticed() -> None:
-    assert json_object(b'\xef\xbb\xbf{"a": "\xc3\xa9"}\n', "here") == {"a": "é"}
+    assert json_object(b'\xef\xbb\xbf{"a": "\xc3\xa9"}\n') == {"a": "é"}
     for text, whole in (("\ud800", False), ("a\udfffb", False), ("\U00010000", True), ("", True)):
-        found = json_object(json.dumps({"a": text}).encode(), "here")
+        found = json_object(json.dumps({"a": text}).encode())
         assert found == {"a": text}
         assert (unicode_problem(text) == "") is whole

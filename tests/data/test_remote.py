@@ -28,7 +28,7 @@ from midstream.data.formats.files import (
     shown_files,
     size_of,
 )
-from midstream.data.formats.tables import table_rows
+from midstream.data.formats.record_files import table_rows
 from midstream.data.join_captions import join_captions
 from midstream.data.remote import PIECE_BYTES, TRIES, ChangedError, RemoteError, fetch_whole
 from midstream.data.source_writer import ShardWriter

@@ -219,13 +219,6 @@ def test_a_record_longer_than_a_row_is_named_with_both_numbers(
     assert len(plan_rows({"pics": source}, 4, budget, wide, 0)) >= 3
 
 
-def test_a_conversation_without_a_picture_is_not_cut_either(tmp_path: Path) -> None:
-    source = make_source(tmp_path, "talks", "instruct", [20, 33], pictures=[None, None])
-    rows, budget = Rows(row_length=32, batch_rows=4), Epochs(sources=("talks",), epochs=1)
-    with pytest.raises(ValueError, match=r"talks-000\.tar, sample 1: 33 positions"):
-        plan_rows({"talks": source}, 4, budget, rows, 0)
-
-
 def test_an_unknown_source_is_refused_with_all_that_there_are(tmp_path: Path) -> None:
     sources = make_sources(tmp_path, 0, longest=28)
     budget = mixture(100, {"web": 0.5, "wbe": 0.5})

@@ -192,6 +192,7 @@ def test_pictures_and_their_texts_beside_each_other_are_samples(tmp_path: Path) 
     [
         (("gsm8k_train.parquet", "gsm8k_test.parquet"), "gsm8k_test.parquet or .*gsm8k_train"),
         (("TRAIN.PARQUET", "TEST.PARQUET"), "TEST.PARQUET or .*TRAIN.PARQUET"),
+        (("train.pq", "test"), r"/test or .*/train\.pq"),
         (
             ("train_00000.parquet", "train_00001.parquet", "test_00000.parquet"),
             r"test_\*.parquet or .*train_\*.parquet",

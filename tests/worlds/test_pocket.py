@@ -16,7 +16,7 @@ import zstandard
 from PIL import Image
 
 from midstream.config import PocketWorld
-from midstream.worlds.pocket_items import Item, open_items, pope_items, where_items
+from midstream.worlds.pocket_benchmarks import Item, open_items, pope_items, where_items
 from midstream.worlds.pocket_language import FACTS, NAMES, answer, fact_table
 from midstream.worlds.pocket_scenes import (
     COLORS,

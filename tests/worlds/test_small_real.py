@@ -1,6 +1,5 @@
 """The small real world: written from a tiny copy of the owners' layouts, and from the real data."""
 
-import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,10 +12,10 @@ from tokenizers import Tokenizer, models
 from midstream.config import SmallReal
 from midstream.core.identity import folder_fingerprint
 from midstream.core.storage import read_json
+from midstream.data.formats.conversations import conversation_of
 from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import CaptionRecord, ReadOptions, TextRecord
-from midstream.data.formats.turns import conversation_of
 from midstream.eval.tasks import VISUAL_FORMATS
 from midstream.eval.text import read_text_task
 from midstream.recipes import real_small
@@ -24,7 +23,6 @@ from midstream.study.stages import Continue, ContinueFrom, Finetune
 from midstream.worlds import small_real_owners as owners
 from midstream.worlds.small_real import QUESTIONS_PER_CONVERSATION, write_small_real
 
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 NUM_PHOTOS = 60
 EASY_TRAIN = [
     ["what color is the shape?", "red", 0],
@@ -178,7 +176,7 @@ def check_nothing_is_on_both_sides(world: Path) -> None:
 def check_pictures_exist(world: Path) -> None:
     for name in ("vqa_easy", "daquar", "flickr_match"):
         for record in conversations(world, name):
-            talk = conversation_of(record, record["id"])
+            talk = conversation_of(record)
             assert len(talk.pictures) == 1
             assert talk.turns
             assert (world / "instruct" / name / record["image"]).is_file()
@@ -277,14 +275,14 @@ def test_conversations_hold_every_question_once_in_the_benchmarks_wording(
     assert prompt == VISUAL_FORMATS["pope"].official_prompt
     found: Counter[tuple[str, str, str]] = Counter()
     for record in conversations(world, "vqa_easy"):
-        turns = conversation_of(record, record["id"]).turns
+        turns = conversation_of(record).turns
         assert len(turns) <= QUESTIONS_PER_CONVERSATION
         found.update((text, reply, record["image"]) for text, reply, *_ in turns)
     expected = [(prompt.replace("{question}", q), a, f"images/{n}.png") for q, a, n in EASY_TRAIN]
     assert found == Counter(expected)
     for record in conversations(world, "flickr_match"):
         number = Path(record["image"]).stem.removeprefix("photo_")
-        for text, reply, *_ in conversation_of(record, record["id"]).turns:
+        for text, reply, *_ in conversation_of(record).turns:
             own = f'Does the caption "A dog number {number} ." match the image?'
             assert reply == ("Yes" if text == prompt.replace("{question}", own) else "No")
 
@@ -422,26 +420,3 @@ def test_the_recipe_names_what_the_world_holds(root: Path, tmp_path: Path) -> No
 def test_the_recipe_refuses_a_folder_without_the_tokenizer(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match="20B_tokenizer"):
         real_small.when_images_arrive(data=str(root))
-
-
-@pytest.mark.faults
-def test_the_real_data_is_written_without_overlap(tmp_path: Path) -> None:
-    if not (SHARED / "caption_flickr8k").is_dir():
-        pytest.skip(f"the real data are not at {SHARED}; docs/real-data.md lists them")
-    world = written(SHARED, tmp_path / "first")
-    check_nothing_is_on_both_sides(world)
-    check_pictures_exist(world)
-    with (SHARED / "caption_flickr8k" / "captions.txt").open(newline="") as stream:
-        num_captions = len(list(csv.DictReader(stream)))
-    counts = owners.read_photos(SHARED / "caption_flickr8k").counts
-    assert 0.1 < counts["flickr8k_captions_held_apart"] / num_captions < 0.2
-    for task, entry in read_json(world / "world.json")["visual_tasks"].items():
-        assert len(VISUAL_FORMATS[entry["format"]].read(world / "bench" / task)) == 400
-
-
-@pytest.mark.faults
-def test_the_real_data_is_written_twice_alike(tmp_path: Path) -> None:
-    if not (SHARED / "caption_flickr8k").is_dir():
-        pytest.skip(f"the real data are not at {SHARED}; docs/real-data.md lists them")
-    one, two = (written(SHARED, tmp_path / name) for name in ("first", "second"))
-    assert folder_fingerprint(one) == folder_fingerprint(two)

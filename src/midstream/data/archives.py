@@ -111,12 +111,6 @@ class BlockCache:
         return self.blocks.with_suffix(".hashes")
 
 
-def cache_folder() -> Path | None:
-    """The folder that blocks are kept in, if any."""
-    named = os.environ.get(FOLDER, "")
-    return Path(named) if named else None
-
-
 def _hash(block: bytes) -> int:
     # 0 stands for a block that was never written.
     return xxhash.xxh3_64_intdigest(block) or 1
@@ -187,8 +181,9 @@ class Archive:
         if self.descriptor < 0 and stamp is not None:
             remedy = "put back what was there, or prepare the source again (`midstream prepare`)"
             refuse_changed(path, stamp, "the source was prepared", remedy)
-            if (folder := cache_folder()) is not None:
-                self._blocks = BlockCache(folder, path, stamp, int(stamp[0] or 0), fetch_whole)
+            if folder := os.environ.get(FOLDER):
+                size = int(stamp[0] or 0)
+                self._blocks = BlockCache(Path(folder), path, stamp, size, fetch_whole)
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on; of a local file fewer where it ends."""

@@ -39,7 +39,7 @@ class StoredPicture(NamedTuple):
     hash: bytes
 
 
-# Columns of `map_pictures`.
+# Columns of `Shard.pictures`.
 PLACE, HASH = 3, slice(4, 6)
 
 
@@ -72,57 +72,17 @@ def map_array(path: Path) -> np.ndarray:
     return data[start:].view(dtype).reshape(shape, order="F" if by_columns else "C")
 
 
-def map_pictures(folder: Path) -> np.ndarray | None:
-    """int64 [pictures, 6], of shards whose examples show other than one picture at most, behind
-    what begins them: file, offset, bytes, the token it stands before, and the hash in two numbers.
-
-    None where `images.npy` has the pictures, one row an example; one of the two is there.
-    """
-    path = folder / "pictures.npy"
-    return map_array(path) if path.exists() else None
-
-
-@dataclass(frozen=True)
-class JoinedColumns:
-    """The small columns of all shards of a source, each in one file, in the order of the shards.
-
-    A source of many shards has them beside its shards', since each mapped file counts.
-    """
-
-    folder: Path
-
-    @cached_property
-    def offsets(self) -> np.ndarray:
-        """int64 [examples + shards, 1 + captions]: `Shard.offsets_of` of all captions."""
-        return map_array(self.folder / "offsets.npy")
-
-    @cached_property
-    def num_images(self) -> np.ndarray:
-        """int64 [examples + shards]: `Shard.num_images`."""
-        return map_array(self.folder / "num_images.npy")
-
-    @cached_property
-    def images(self) -> np.ndarray:
-        """int64 [examples, 3]: `Shard.images`."""
-        return map_array(self.folder / "images.npy")
-
-    @cached_property
-    def pictures(self) -> np.ndarray | None:
-        """int64 [pictures, 6] or None: `map_pictures`."""
-        return map_pictures(self.folder)
-
-    @cached_property
-    def hashes(self) -> np.ndarray:
-        """uint8 [examples, 16]: `Shard.hashes`."""
-        return map_array(self.folder / "hashes.npy")
-
-
 @dataclass(frozen=True)
 class Part:
-    """Which examples of the joined columns a shard has, and how many shards and pictures are
-    before it."""
+    """Which examples of a source's joined columns a shard has, and how many shards and pictures are
+    before it.
 
-    columns: JoinedColumns
+    `columns` are those of all shards, each in one file in the order of the shards, as of one shard
+    with an offset and a number of pictures more for each; its `caption_offsets` are transposed. A
+    source of many shards has them beside its shards', since each mapped file counts.
+    """
+
+    columns: "Shard"
     shards_before: int
     examples: slice
     pictures_before: int
@@ -179,48 +139,51 @@ class Shard:
 
     def offsets_of(self, caption: int) -> np.ndarray:
         """The same for the examples' `caption`-th synthetic caption (0: `offsets`)."""
-        row: np.ndarray = self._offsets[caption]
+        row: np.ndarray = self.caption_offsets[caption]
         return row
 
     @property
     def num_synthetic(self) -> int:
         """Synthetic captions of the example that has the most; with joined columns, of the source's
         one that does."""
-        return len(self._offsets) - 1
+        return len(self.caption_offsets) - 1
 
     @cached_property
-    def _offsets(self) -> np.ndarray:
+    def caption_offsets(self) -> np.ndarray:
+        """int64 [1 + captions, examples + 1]: `offsets_of` of all captions."""
         if self.part:
-            return self.part.columns.offsets[self.part.ends].T
+            return self.part.columns.caption_offsets[self.part.ends].T
         found = map_array(self.folder / "offsets.npy")
         return found if found.ndim == 2 else found[None]
+
+    def _column(self, name: str, *, ends: bool = False) -> np.ndarray:
+        if self.part is None:
+            return map_array(self.folder / f"{name}.npy")
+        whole: np.ndarray = getattr(self.part.columns, name)
+        return whole[self.part.ends if ends else self.part.examples]
 
     @cached_property
     def num_images(self) -> np.ndarray | None:
         """int64, one more than examples: pictures before each; None for text."""
-        if self.kind == "text":
-            return None
-        if self.part:
-            return self.part.columns.num_images[self.part.ends]
-        return map_array(self.folder / "num_images.npy")
+        return None if self.kind == "text" else self._column("num_images", ends=True)
 
     @cached_property
     def images(self) -> np.ndarray | None:
         """int64 [examples, 3]: file, offset, bytes of each picture; file -1 without one. None for
         text, and where `pictures` has them."""
-        if self.kind == "text" or self.pictures is not None:
-            return None
-        if self.part:
-            return self.part.columns.images[self.part.examples]
-        return map_array(self.folder / "images.npy")
+        lacks = self.kind == "text" or self.pictures is not None
+        return None if lacks else self._column("images")
 
     @cached_property
     def pictures(self) -> np.ndarray | None:
-        """int64 [pictures, 6]: `map_pictures`; None for text, and where `images` has them."""
+        """int64 [pictures, 6], of shards whose examples show other than one picture at most, behind
+        what begins them: file, offset, bytes, the token it stands before, and the hash in two
+        numbers. None for text, and where `images` has them, one row an example."""
         if self.kind == "text":
             return None
         if self.part is None:
-            return map_pictures(self.folder)
+            path = self.folder / "pictures.npy"
+            return map_array(path) if path.exists() else None
         assert self.num_images is not None
         low, number = self.part.pictures_before, int(self.num_images[-1])
         joined = self.part.columns.pictures
@@ -273,9 +236,7 @@ class Shard:
     @cached_property
     def hashes(self) -> np.ndarray:
         """uint8 [examples, 16]: `content_hash` of the picture, of the text where there is none."""
-        if self.part:
-            return self.part.columns.hashes[self.part.examples]
-        return map_array(self.folder / "hashes.npy")
+        return self._column("hashes")
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -291,8 +252,8 @@ class Shard:
         return self._by_token("supervised", np.dtype(np.uint8))
 
     def _by_token(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
-        path, expected = self.folder / f"{name}.bin", int(self._offsets[-1, -1]) * dtype.itemsize
-        data = map_file(path)
+        path = self.folder / f"{name}.bin"
+        data, expected = map_file(path), int(self.caption_offsets[-1, -1]) * dtype.itemsize
         if len(data) != expected:
             raise ValueError(
                 f"{path} holds {len(data):,} bytes, its index needs {expected:,}; prepare the data "
@@ -339,9 +300,9 @@ def join_columns(folder: Path, shards: Sequence[Mapping[str, Any]], head: int) -
         for number, (about, mine) in enumerate(zip(shards, examples, strict=True)):
             shard = Shard(folder / "shards" / about["name"])
             examples_here = slice(first, first + mine)
-            part = Part(JoinedColumns(temporary), number, examples_here, pictures_before[number])
+            part = Part(Shard(temporary), number, examples_here, pictures_before[number])
             first += mine
-            offsets = shard._offsets.T
+            offsets = shard.caption_offsets.T
             columns["offsets"][part.ends] = offsets[-1, -1]  # of no length, where it has none
             columns["offsets"][part.ends, : offsets.shape[1]] = offsets
             columns["hashes"][part.examples] = shard.hashes

@@ -34,9 +34,9 @@ from midstream.core.storage import (
 )
 from midstream.data.formats.captions import first_usable, json_object, original_captions
 from midstream.data.formats.files import find_files, folder_of, is_url, name_some
+from midstream.data.formats.record_files import JOINED_ROOT
 from midstream.data.formats.records import PICTURES as SUFFIXES
 from midstream.data.formats.records import ReadOptions, Sample, samples_of
-from midstream.data.formats.tables import JOINED_ROOT
 from midstream.data.processes import leave_with_parent
 from midstream.data.shard_state import stamp_of
 from midstream.data.sources import content_hash

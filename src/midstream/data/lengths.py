@@ -1,4 +1,5 @@
-"""How long a prepared source's examples are: for plans by classes, for rows one by one.
+"""How long a prepared source's examples are: for plans by classes, for rows one by one; and how
+often a plan shows each picture.
 
 Of an example too long for a row only its number and its excess are held in memory.
 """
@@ -14,7 +15,9 @@ from midstream.config import Caption, Overflow, Rows, check_picture
 from midstream.core.tokens import num_shown, shown_name
 from midstream.data.columns import Shard
 from midstream.data.sources import Source
+from midstream.order.mixture import Quota
 from midstream.order.stream import parts_of
+from midstream.study.results import PictureViews
 
 # Of such classes follows the sum of squared lengths in rows of any length within some thousandths.
 CLASSES_PER_DOUBLING = 4
@@ -130,7 +133,7 @@ def _targets(shard: Shard, offsets: np.ndarray, lengths: np.ndarray, weights: np
     return float((marked * weights[held]).sum())
 
 
-# Examples whose draws are followed at once.
+# Examples that are looked up at once.
 BLOCK_EXAMPLES = 2**16
 
 
@@ -355,3 +358,50 @@ def _too_long(lengths: SourceLengths, cuts: Cuts, caption: int, row_length: int)
         f"positions do not fit into a row of {row_length:,}{others}; raise row_length, {cut}, or "
         "leave them out (midstream prepare --max-tokens)"
     )
+
+
+# Sources of more examples or pictures are not counted: their hashes and what sorts them take 48
+# bytes each.
+MOST_PICTURES = 2**25
+
+
+def picture_views(quota: Quota, source: Source) -> PictureViews | None:
+    """The views of a source's pictures in a plan; examples that share a picture's bytes add up.
+
+    None for a source without pictures, and for one of more than MOST_PICTURES examples or
+    pictures.
+    """
+    if (
+        quota.divisible
+        or not source.num_images
+        or max(len(source), source.num_images) > MOST_PICTURES
+    ):
+        return None
+    numbers, hashes = _taken(quota, source)
+    order = np.argsort(hashes)
+    hashes, numbers = hashes[order], numbers[order]
+    del order
+    # Where another picture begins.
+    begins = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))[: len(hashes)]
+    del hashes
+    each = np.add.reduceat(numbers, begins, dtype=np.int64) if len(begins) else numbers
+    times, how_many = np.unique(each, return_counts=True)
+    return PictureViews(
+        distinct=len(each),
+        views=int(each.sum()),
+        times=tuple(zip(times.tolist(), how_many.tolist(), strict=True)),
+    )
+
+
+def _taken(quota: Quota, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Views (uint32 [n], above 0) and hashes (S16 [n]) of the pictures of the examples taken."""
+    views = quota.views()
+    taken = np.flatnonzero(views)
+    most = source.num_images
+    numbers, hashes, at = np.zeros(most, np.uint32), np.zeros((most, 16), np.uint8), 0
+    for low in range(0, len(taken), BLOCK_EXAMPLES):
+        found = source.pictures_of(taken[low : low + BLOCK_EXAMPLES])
+        here = slice(at, at + len(found.which))
+        numbers[here], hashes[here] = views[found.which[:, 0]], found.hashes
+        at = here.stop
+    return numbers[:at], hashes[:at].view("S16")[:, 0]

@@ -30,17 +30,12 @@ from midstream.data.prepare_source import (
 )
 from midstream.data.shard_state import TaskShare, is_whole
 from midstream.data.shard_workers import Progress
-from midstream.data.shards import read_unit, units_of
+from midstream.data.shards import KINDS, read_unit, units_of
 from midstream.data.sources import INDEX, Source
 from midstream.worlds.pocket_world import write_pocket_world
 from midstream.worlds.small_real import write_small_real
 
-SECTIONS: dict[str, Section] = {
-    "text": "text",
-    "caption": "captions",
-    "instruct": "conversations",
-    "interleaved": "documents",
-}
+SECTIONS: dict[str, Section] = {kind: section for section, kind in KINDS.items()}
 World = PocketWorld | SmallReal | PublicFolder
 
 

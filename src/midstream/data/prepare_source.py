@@ -28,10 +28,9 @@ from midstream.core.storage import (
 )
 from midstream.data.columns import MADE_FROM, SHARD_INDEX
 from midstream.data.examples import TextCodec, not_known
-from midstream.data.formats.beside import FILES, samples_beside
 from midstream.data.formats.copies import refuse_twin_samples, refuse_twins
 from midstream.data.formats.files import folder_of, is_url, name_some
-from midstream.data.formats.records import ReadOptions, Section, Unit
+from midstream.data.formats.records import FILES, ReadOptions, Section, Unit, samples_beside
 from midstream.data.shard_state import (
     NUM_LISTED,
     Job,
@@ -293,16 +292,13 @@ def _refuse_to_replace(job: Job, wanted: Sequence[Todo]) -> None:
     held = [file for one in made for file in one["unit"]["files"]]
     sections = {one["section"] for one in made} - {job.section}
     asked = {file for item in wanted for file in item.unit.files}
-    if sections or (asked.isdisjoint(held) and any(map(_is_there, held[:1]))):
+    is_there = any(is_url(file) or os.path.exists(file) for file in held[:1])
+    if sections or (asked.isdisjoint(held) and is_there):
         what = f"{next(iter(sections), job.section)} from {name_some(map(job.short, held), 2)}"
         raise ValueError(
             f"{job.out} holds a source that is prepared, {what}, and would be replaced; give "
             "another --out (one source is made of all its files at once), or remove that folder"
         )
-
-
-def _is_there(file: str) -> bool:
-    return is_url(file) or os.path.exists(file)
 
 
 def unread_of(plan: SourcePlan, notice: Callable[[str], None]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Each shard records what it was made from. A source with too many rejects is refu
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
 from collections import Counter
@@ -24,6 +23,7 @@ from midstream.data.formats import conversations, read_captions, read_documents
 from midstream.data.formats.captions import NOT_FETCHED
 from midstream.data.formats.files import base_name, is_url, name_some, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
+from midstream.data.formats.record_files import SPLIT_NAMES, SPLIT_WORD
 from midstream.data.formats.records import ReadOptions, Section, Unit, is_picture
 from midstream.data.remote import NUM_REQUESTS, Stamp, stamp_of_url
 from midstream.data.source_writer import REJECTS, Reject
@@ -396,8 +396,6 @@ READ: dict[Section, tuple[str, ...]] = {
 }
 # Pictures of others than texts are read by the records that name them.
 _DOCUMENTS = TEXT_SUFFIXES["txt"]
-_SPLITS = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
-_NAMES = {"valid": "validation", "val": "validation"}
 
 
 def unread_files(section: Section, sources: Sequence[str], units: Sequence[Unit]) -> list[str]:
@@ -442,7 +440,8 @@ def notes_on(section: Section, unread: Sequence[str], read: Sequence[str]) -> It
             f"beside lines and rows, files are read as one document each: {name_some(whole, 5)}; "
             "give only the others if these are none"
         )
-    splits = {_NAMES.get(word, word) for name in read for word in _SPLITS.findall(name.lower())}
+    words = (word for name in read for word in SPLIT_WORD.findall(name.lower()))
+    splits = {SPLIT_NAMES.get(word, word) for word in words}
     if len(splits) > 1:
         yield (
             f"files of the splits {', '.join(sorted(splits))} are read as one source; to keep one "

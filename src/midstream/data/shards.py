@@ -27,7 +27,6 @@ from midstream.data.examples import (
     document_example,
     text_example,
 )
-from midstream.data.formats.beside import FILES
 from midstream.data.formats.conversations import conversation_units, read_conversations
 from midstream.data.formats.document_parts import document_of
 from midstream.data.formats.files import exists, is_folder, is_url
@@ -35,6 +34,7 @@ from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.read_text import read_text, text_units
 from midstream.data.formats.records import (
+    FILES,
     CaptionRecord,
     ConversationRecord,
     DocumentRecord,
@@ -142,7 +142,7 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         batch.append(item)
         characters += num_characters(item)
         if not isinstance(item, Reject):
-            picture_bytes += sum(len(picture.data) for picture in pictures_of(item))
+            picture_bytes += sum(len(picture.data) for picture in item.pictures)
         if (
             len(batch) >= BATCH_RECORDS
             or characters >= BATCH_CHARACTERS
@@ -154,20 +154,13 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def pictures_of(item: Record) -> tuple[Picture, ...]:
-    """The record's pictures, in their order."""
-    if isinstance(item, ConversationRecord | DocumentRecord):
-        return item.pictures
-    return () if item.picture is None else (item.picture,)
-
-
 def content_of(item: Record) -> bytes:
     """What a record's split follows from: its picture, the first of a conversation, its text, or
     all of a document."""
     if isinstance(item, DocumentRecord):
         hashes = (content_hash(picture.data) for picture in item.pictures)
         return b"".join([text_bytes(item), *hashes])
-    return text_bytes(item) if item.picture is None else item.picture.data
+    return item.pictures[0].data if item.pictures else text_bytes(item)
 
 
 def text_bytes(item: Record) -> bytes:
@@ -345,7 +338,7 @@ class _Work:
                 versions.own.supervised,
                 name=self.job.short(item.where),
                 content=content_of(item),
-                pictures=list(map(self._shown, places, pictures_of(item))),
+                pictures=list(map(self._shown, places, item.pictures)),
                 synthetic=versions.synthetic,
                 left_out=versions.left_out,
             )
@@ -408,7 +401,7 @@ class _Work:
                 wrong = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
                 detail = f"{wrong}, the tokenizer has ids 0 to {self.codec.size - 1}"
                 return Reject(item.where, "token id outside the vocabulary", detail)
-        problems = [self._problem(picture) for picture in pictures_of(item)]
+        problems = [self._problem(picture) for picture in item.pictures]
         broken = [Reject(item.where, "picture cannot be decoded", one) for one in problems if one]
         if not broken or not isinstance(item, DocumentRecord):
             return broken[0] if broken else item

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from midstream.data.examples import Example
 from midstream.data.lengths import caption_facts, length_facts
 from midstream.data.sources import FORMAT, INDEX, Kind, content_hash
 
+T = TypeVar("T")
 REJECTS = "rejects.jsonl"
 # A longer text is stored in parts of this many tokens, each an example: what is shuffled, and what
 # a plan reads at once, stays small beside a row's block.
@@ -40,6 +41,26 @@ class Reject:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class RejectedError(Exception):
+    """What a record says, or names, cannot be used: the `reason` and `detail` of its `Reject`."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})")
+        self.reason, self.detail = reason, detail
+
+    def at(self, where: str) -> Reject:
+        """The reject of the record that stands there."""
+        return Reject(where, self.reason, self.detail)
+
+
+def or_reject(where: str, make: Callable[..., T], *arguments: Any) -> T | Reject:
+    """What `make` returns for the record that stands there, or the reject that it raises."""
+    try:
+        return make(*arguments)
+    except RejectedError as error:
+        return error.at(where)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from midstream.data.columns import (
     FILES,
     OWN_PICTURES,
     SHARDS,
-    JoinedColumns,
     Part,
     Shard,
     StoredPicture,
@@ -179,10 +178,9 @@ class Source:
         return Archives(len(self.index["shards"]))
 
     @cached_property
-    def _joined(self) -> JoinedColumns | None:
-        if not self.index.get("joined_columns"):
-            return None
-        return JoinedColumns(self.folder / COLUMNS)
+    def _joined(self) -> Shard | None:
+        joined = self.index.get("joined_columns")
+        return Shard(self.folder / COLUMNS, self.index) if joined else None
 
     @cached_property
     def _joined_parts(self) -> list[Part]:
@@ -351,7 +349,7 @@ class Source:
             start, end = shard.offsets_of(caption)[local : local + 2].tolist()
         else:
             row = self._first_rows[number] + number + local
-            start, end = self._joined.offsets[row : row + 2, caption].tolist()
+            start, end = self._joined.caption_offsets[row : row + 2, caption].tolist()
         return shard.tokens[start:end][low:high]
 
     def places_of(self, example: int) -> list[int]:
@@ -416,6 +414,7 @@ class Source:
             return self._shard(number).picture(local, picture)
         # Not from the shard's own view of them, which is one more place in memory a shard.
         row = self._first_rows[number] + local
+        assert self._joined.images is not None
         file, offset, size = self._joined.images[row].tolist()
         return StoredPicture(file, offset, size, self._joined.hashes[row].tobytes())
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from midstream.data.formats.tables import columns_of, table_rows
+from midstream.data.formats.record_files import columns_of, table_rows
 from midstream.eval.benchmark_records import (
     Pictures,
     Record,

@@ -170,8 +170,8 @@ class SourceShare(_Part):
     largest_example_tokens: int
     cut: dict[str, int] = {}
     seen: TokenCount | None = None
-    # None of a source without pictures, of one too large to count (`data/views.py`), and as it was
-    # before they were counted.
+    # None of a source without pictures, of one too large to count (`data/lengths.py`), and as it
+    # was before they were counted.
     pictures: PictureViews | None = None
 
 

@@ -20,8 +20,8 @@ from midstream.config.training import check_start, stage_rate
 from midstream.core.batch import Batch
 from midstream.core.storage import CorruptError
 from midstream.core.tokens import TokenCount
+from midstream.data.lengths import picture_views
 from midstream.data.rows import RowDataset, load_steps, shares_report
-from midstream.data.views import picture_views
 from midstream.model.adapters import merge_adapters, renamed
 from midstream.model.vision import load_encoder, resized
 from midstream.model.vlm import VLM

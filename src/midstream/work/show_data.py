@@ -21,9 +21,9 @@ from midstream.core.tokens import TokenCount
 from midstream.cost.graph import order_of
 from midstream.data.examples import TextCodec, runs_of
 from midstream.data.images import decode_pixels
+from midstream.data.lengths import picture_views
 from midstream.data.rows import GO_ON, build_row, plan_rows, shares_report
 from midstream.data.sources import Source
-from midstream.data.views import picture_views
 from midstream.order.plan import RowPlan
 from midstream.study.label import label
 from midstream.study.stages import DataStage, Stage, Trained, overflow_of

@@ -16,8 +16,7 @@ import numpy as np
 from midstream.config import PocketWorld
 from midstream.config.training import is_pool
 from midstream.core.identity import GROUPS_FILE
-from midstream.worlds.pocket_files import Named, write_json, write_lines
-from midstream.worlds.pocket_items import scene_with
+from midstream.worlds.pocket_benchmarks import Named, scene_with, write_json, write_lines
 from midstream.worlds.pocket_language import LAYOUTS, Question, answer, ask, caption
 from midstream.worlds.pocket_scenes import (
     COLORS,

@@ -3,10 +3,11 @@
 All of it is a function of the seed; no visual question is answered without its picture.
 """
 
+import io
 import json
-from collections.abc import Sequence
-from functools import partial
-from itertools import cycle, islice, pairwise
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ import zstandard
 
 from midstream.config import PocketWorld
 from midstream.config.training import pool_of
-from midstream.worlds.pocket_files import (
-    Sample,
+from midstream.worlds.pocket_benchmarks import (
+    balanced,
+    scene_answering,
     write_benchmarks,
     write_json,
     write_lines,
-    write_shards,
 )
-from midstream.worlds.pocket_items import balanced, has_answer, scene_with
 from midstream.worlds.pocket_language import (
     COUNTS,
     FACTS,
@@ -36,7 +36,6 @@ from midstream.worlds.pocket_language import (
     describe,
     fact_document,
     fact_table,
-    plan_answer,
 )
 from midstream.worlds.pocket_pages import (
     ALBUM_CHANCES,
@@ -63,6 +62,9 @@ from midstream.worlds.pocket_scenes import (
     shuffled,
 )
 
+SAMPLES_A_SHARD = 1_000
+# The files of one picture in a shard: names and bytes.
+Sample = Iterator[tuple[str, bytes]]
 BESIDE_THE_POINT = ("click to enlarge", "photo", "free download", "see more", "no image", "logo")
 CAMERAS = ("img_{:04d}.jpg", "dsc{:05d}.jpg", "{:06d}.png")
 
@@ -74,6 +76,19 @@ def write_captions(
     numbered = enumerate(zip(scenes, texts, strict=True))
     samples = (_sample(world, scene, index, text) for index, (scene, text) in numbered)
     write_shards(samples, len(scenes), folder)
+
+
+def write_shards(samples: Iterator[Sample], number: int, folder: Path) -> None:
+    """Write `number` samples as WebDataset tars named after the folder, which must be new."""
+    folder.mkdir(parents=True)
+    for start in range(0, number, SAMPLES_A_SHARD):
+        path = folder / f"{folder.name}-{start // SAMPLES_A_SHARD:05d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
+            for name, data in chain.from_iterable(islice(samples, SAMPLES_A_SHARD)):
+                # Everything else in the header keeps its default, which does not vary.
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                shard.addfile(header, io.BytesIO(data))
 
 
 def _sample(world: PocketWorld, scene: Scene, index: int, text: str | None) -> Sample:
@@ -311,12 +326,7 @@ def _described_questions(rng: np.random.Generator, count: int) -> list[Asked]:
         pairs += balanced(rng, QUESTIONS[kind], values, share)
     asked = []
     for question, reply in shuffled(rng, pairs):
-        scene = scene_with(
-            rng,
-            partial(plan_answer, rng, question, reply),
-            partial(has_answer, question, reply),
-            splits=TASKS,
-        )
+        scene = scene_answering(rng, question, reply, TASKS)
         others = shuffled(rng, [name for name in kinds[question.kind] if name != reply])[:3]
         asked.append((describe(rng, scene) + "\n", question.text, reply, others))
     return asked

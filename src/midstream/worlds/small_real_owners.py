@@ -19,7 +19,7 @@ from PIL import Image
 
 from midstream.config import SmallReal
 from midstream.core.storage import read_json, write_bytes, write_json
-from midstream.worlds.pocket_files import write_vqa
+from midstream.worlds.pocket_benchmarks import write_vqa
 
 # Share of the pictures that could be asked about which training never sees.
 HELD_APART_PERCENT = 20

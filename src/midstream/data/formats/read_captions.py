@@ -11,16 +11,20 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby, islice
 
-from midstream.data.formats.beside import FILES, parts_of, sample_units
 from midstream.data.formats.caption_lists import (
     BY_ADDRESS,
     TEXT_TABLES,
     caption_columns,
     columns_of_csv,
+    count_annotations,
+    count_images,
+    holds_sentences,
     is_address,
     is_object,
     objects_of,
+    read_coco,
     read_csv,
+    read_karpathy,
     read_objects,
     read_table,
     rows_of,
@@ -31,20 +35,11 @@ from midstream.data.formats.captions import (
     check_splits,
     first_usable,
     json_object,
-    not_there,
     original_captions,
     picture_key,
     shown_in,
     synthetic_captions,
     without,
-)
-from midstream.data.formats.coco import (
-    count_annotations,
-    count_images,
-    holds_sentences,
-    read_coco,
-    read_karpathy,
-    splits_in,
 )
 from midstream.data.formats.files import (
     base_name,
@@ -58,7 +53,16 @@ from midstream.data.formats.files import (
     shown_files,
     size_of,
 )
+from midstream.data.formats.pictures import not_there
+from midstream.data.formats.record_files import (
+    TABLES,
+    columns_of,
+    is_joined,
+    joined_samples,
+    refuse_splits,
+)
 from midstream.data.formats.records import (
+    FILES,
     LARGEST_BYTES,
     NUM_UNIT_RECORDS,
     PICTURES,
@@ -71,14 +75,9 @@ from midstream.data.formats.records import (
     Sample,
     Unit,
     is_picture,
+    parts_of,
+    sample_units,
     samples_of,
-)
-from midstream.data.formats.tables import (
-    TABLES,
-    columns_of,
-    is_joined,
-    joined_samples,
-    refuse_splits,
 )
 from midstream.data.source_writer import Reject
 
@@ -160,7 +159,7 @@ def read_captions(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | 
 def _check_splits(source: str, forms: Mapping[str, str], options: ReadOptions) -> None:
     """`check_splits` over all files of a source that say their records' splits."""
     said = {
-        path: {*(splits_in(path) if form == "karpathy" else splits_of(path, form))} - {""}
+        path: {*splits_of(path, form)} - {""}
         for path, form in forms.items()
         if form not in _UNSPLIT
     }
@@ -341,13 +340,9 @@ def _read_files(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Re
         yield from _of_sample(Sample(folder, stem, members, problem, detail, pictures), options)
 
 
-def _read_tar(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    for sample in samples_of(unit.files[0]):
-        yield from _of_sample(sample, options)
-
-
-def _read_joined(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
-    for sample in joined_samples(unit.files[0], options):
+def _read_samples(unit: Unit, options: ReadOptions) -> Iterator[CaptionRecord | Reject]:
+    (path,), is_table = unit.files, unit.format == "joined"
+    for sample in joined_samples(path, options) if is_table else samples_of(path):
         yield from _of_sample(sample, options)
 
 
@@ -415,14 +410,14 @@ def _made_record(sample: Sample, options: ReadOptions) -> CaptionRecord | Reject
 
 
 _READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[CaptionRecord | Reject]]] = {
-    "webdataset": _read_tar,
-    "datacompdr": _read_tar,
+    "webdataset": _read_samples,
+    "datacompdr": _read_samples,
     "coco": read_coco,
     "karpathy": read_karpathy,
     "csv": read_csv,
     "imagefolder": read_objects,
     "list": read_objects,
     "table": read_table,
-    "joined": _read_joined,
+    "joined": _read_samples,
     FILES: _read_files,
 }

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+import pyarrow
+
 from midstream.data.examples import IMAGE_MARK
-from midstream.data.formats.captions import picture_roots
 from midstream.data.formats.document_parts import (
     PLACES,
     TIFF,
-    DocumentError,
     Part,
     Pictures,
     Shown,
@@ -24,14 +24,26 @@ from midstream.data.formats.document_parts import (
     frames_of,
 )
 from midstream.data.formats.files import base_name, find_files, full_name, shown_files
-from midstream.data.formats.json_records import (
+from midstream.data.formats.pictures import (
+    MISSING,
+    ZERO_BYTES,
+    PicturesByUrl,
+    index_urls,
+    load_picture,
+    picture_roots,
+)
+from midstream.data.formats.record_files import (
     NOT_UTF8,
+    TABLES,
+    columns_of,
     entries_of,
     holds_list,
     json_object,
+    refuse_splits,
+    table_records,
+    table_rows,
     unquoted,
 )
-from midstream.data.formats.picture_urls import PicturesByUrl, index_urls
 from midstream.data.formats.records import (
     PARAGRAPH,
     DocumentRecord,
@@ -41,14 +53,7 @@ from midstream.data.formats.records import (
     Unit,
     samples_of,
 )
-from midstream.data.formats.tables import (
-    TABLES,
-    columns_of,
-    refuse_splits,
-    table_records,
-    table_rows,
-)
-from midstream.data.source_writer import Reject
+from midstream.data.source_writer import Reject, RejectedError, or_reject
 from midstream.data.sources import content_hash
 
 SUFFIXES = (".jsonl", ".json", ".tar", *TABLES)
@@ -58,7 +63,6 @@ END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 SENTENCE = " "
 NO_DOCUMENT = "not a document"
 EMPTY_PLACE, UNLIKE, OTHER = "place without text or picture", "similarity too low", "other modality"
-_MISSING = "missing picture"
 _PARALLEL, _MATCHED = ("texts", "images"), ("text_list", "image_info")
 _MARKED = ("text", "images")
 _ROWS = ("sample_id", "position", "modality")
@@ -142,54 +146,50 @@ def _format(path: str) -> str:
 
 def _read_json(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[Item]:
     for where, data in entries_of(path, listed=holds_list(path)):
-        found = json_object(data, where)
-        if isinstance(found, Reject):
-            yield found
-        else:
-            yield from _documents(where, found, options, pictures)
+        yield from _documents(where, or_reject(where, json_object, data), options, pictures)
 
 
 def _read_table(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[Item]:
     wanted = (*_PARALLEL, *_MATCHED, *_MARKED, "similarity_matrix")
     for where, row in table_records(path, wanted):
-        if isinstance(row, Reject):
-            yield row
-        else:
-            yield from _documents(where, row, options, pictures)
+        yield from _documents(where, row, options, pictures)
 
 
 def _read_tar(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[Item]:
     for sample in samples_of(path, (".json", ".tiff", ".tif")):
-        if sample.problem:
-            yield Reject(sample.where, sample.problem, sample.detail)
-        elif "json" not in sample.members:
-            yield Reject(sample.where, NO_DOCUMENT, f"it has {', '.join(sorted(sample.members))}")
-        else:
-            found = json_object(sample.members["json"].data, sample.where)
-            if isinstance(found, Reject):
-                yield found
-            else:
-                yield from _documents(sample.where, found, options, pictures, sample)
+        record = or_reject(sample.where, _record_in, sample)
+        yield from _documents(sample.where, record, options, pictures, sample)
+
+
+def _record_in(sample: Sample) -> dict[str, Any]:
+    if sample.problem:
+        raise RejectedError(sample.problem, sample.detail)
+    if "json" not in sample.members:
+        raise RejectedError(NO_DOCUMENT, f"it has {', '.join(sorted(sample.members))}")
+    return json_object(sample.members["json"].data)
 
 
 def _documents(
     where: str,
-    record: Mapping[str, Any],
+    record: Mapping[str, Any] | Reject,
     options: ReadOptions,
     pictures: Pictures,
     sample: Sample | None = None,
 ) -> Iterator[Item]:
-    try:
-        layout = _layout_of(record, options)
-        if sample is not None:
-            layout = replace(layout, documents=_with_members(layout.documents, sample))
-    except DocumentError as error:
-        yield Reject(where, error.reason, error.detail)
+    layout = record if isinstance(record, Reject) else or_reject(where, _layout_of, record, options)
+    if isinstance(layout, _Layout) and sample is not None:
+        held = or_reject(where, _with_members, layout.documents, sample)
+        layout = held if isinstance(held, Reject) else replace(layout, documents=held)
+    if isinstance(layout, Reject):
+        yield layout
         return
     left_out = layout.left_out
     for number, parts in enumerate(layout.documents):
         place = f"{where}, document {number}" if len(layout.documents) > 1 else where
-        loaded = [pictures.load(x, place) if isinstance(x, Shown) else x for x in parts]
+        loaded = [
+            or_reject(place, pictures.load, place, *x.values) if isinstance(x, Shown) else x
+            for x in parts
+        ]
         document = document_of(place, loaded, options, left_out, layout.joint)
         yield document
         # Counted once, with the first that is none of the rejects.
@@ -201,26 +201,26 @@ def _layout_of(record: Mapping[str, Any], options: ReadOptions) -> _Layout:
         if all(name in record for name in names):
             texts, shown = (unquoted(record[name]) for name in names)
             if not isinstance(texts, list) or not isinstance(shown, list):
-                raise DocumentError(NO_DOCUMENT, f"{' and '.join(names)} are no lists")
+                raise RejectedError(NO_DOCUMENT, f"{' and '.join(names)} are no lists")
             # NaN is how pandas says that there is none.
             texts, shown = ([None if x != x else x for x in held] for held in (texts, shown))
             if wrong := {type(x).__name__ for x in texts if not isinstance(x, str | None)}:
-                raise DocumentError(NO_DOCUMENT, f"{names[0]} hold {sorted(wrong)}, not texts")
+                raise RejectedError(NO_DOCUMENT, f"{names[0]} hold {sorted(wrong)}, not texts")
             return read(texts, shown, record, options)
     if all(name in record for name in _MARKED):
         return _marked(*(unquoted(record[name]) for name in _MARKED))
-    raise DocumentError(NO_DOCUMENT, f"its keys are {list(record)}; it needs {_LAYOUTS}"[:400])
+    raise RejectedError(NO_DOCUMENT, f"its keys are {list(record)}; it needs {_LAYOUTS}"[:400])
 
 
 def _marked(text: object, shown: object) -> _Layout:
     """A text in which each `<image>` stands for the next picture."""
     if not isinstance(text, str) or not isinstance(shown, list):
         found = f"{type(text).__name__} and {type(shown).__name__}"
-        raise DocumentError(NO_DOCUMENT, f"{' and '.join(_MARKED)} are {found}, no text and list")
+        raise RejectedError(NO_DOCUMENT, f"{' and '.join(_MARKED)} are {found}, no text and list")
     pieces = [piece.strip() for piece in text.split(IMAGE_MARK)]
     if len(pieces) - 1 != len(shown):
         found = f"{len(pieces) - 1} {IMAGE_MARK} marks, {len(shown)} pictures"
-        raise DocumentError(PLACES, found)
+        raise RejectedError(PLACES, found)
     parts: list[Part] = [pieces[0]]
     for picture, piece in zip(shown, pieces[1:], strict=True):
         parts += [Shown((picture,)), piece]
@@ -232,7 +232,7 @@ def _parallel(
 ) -> _Layout:
     """OBELICS's and MINT-1T's: a text or a picture at each place."""
     if len(texts) != len(shown):
-        raise DocumentError(PLACES, f"{len(texts)} places of texts, {len(shown)} of pictures")
+        raise RejectedError(PLACES, f"{len(texts)} places of texts, {len(shown)} of pictures")
     documents: list[list[Part]] = [[]]
     num_empty = 0
     for place, (text, picture) in enumerate(zip(texts, shown, strict=True)):
@@ -240,7 +240,7 @@ def _parallel(
         # Columns of structs say {bytes: null, path: null}.
         is_shown = any(picture.values()) if isinstance(picture, dict) else picture not in ("", None)
         if words and is_shown:
-            raise DocumentError(PLACES, f"a text and a picture at place {place}")
+            raise RejectedError(PLACES, f"a text and a picture at place {place}")
         num_empty += not words and not is_shown
         if is_shown:
             documents[-1].append(Shown((picture,)))
@@ -262,7 +262,7 @@ def _matched(
         place = int(place) if isinstance(place, float) and place.is_integer() else place
         if not isinstance(info, dict) or type(place) is not int or not 0 <= place < len(texts):
             found = f"picture {number} is matched to text {place!r} of {len(texts)}"
-            raise DocumentError(PLACES, found)
+            raise RejectedError(PLACES, found)
         if options.similarity is not None:
             likeness = _likeness(info, record, number, place)
             if likeness is None or not likeness >= options.similarity:
@@ -309,7 +309,7 @@ def _with_members(documents: list[list[Part]], sample: Sample) -> list[list[Part
         if member is None:
             return part
         if not member.data:
-            return Reject(sample.where, "zero-byte picture", member.name)
+            return Reject(sample.where, ZERO_BYTES, member.name)
         return Picture(member.file, member.offset, member.data)
 
     return [[placed(part) for part in parts] for parts in documents]
@@ -320,25 +320,22 @@ def _read_rows(path: str, options: ReadOptions, pictures: Pictures) -> Iterator[
     names = columns_of(path).names
     columns = [name for name in _ROW_COLUMNS if name in names]
     seen: set[bytes] = set()
-    rows = table_rows(path, columns)
-    for key, group in groupby(rows, key=lambda row: _name_of(row[0])):
-        where = f"{path}, sample {key}"
+
+    def document(key: str, group: Iterable[tuple[pyarrow.Scalar, ...]], where: str) -> Item:
         try:
-            held = [dict(zip(columns, (x.as_py() for x in row), strict=True)) for row in group]
+            rows = [dict(zip(columns, (x.as_py() for x in row), strict=True)) for row in group]
         except UnicodeDecodeError as error:
-            yield Reject(where, NOT_UTF8, str(error))
-            continue
+            raise RejectedError(NOT_UTF8, str(error)) from None
         digest = content_hash(key.encode("utf-8", "surrogatepass"))
         if digest in seen:
-            yield Reject(where, "sample in two places", "its rows do not stand together; sort them")
-            continue
+            raise RejectedError("sample in two places", "its rows do not stand together; sort them")
         seen.add(digest)
-        try:
-            parts, left_out = _parts_of_rows(held, where, pictures)
-        except DocumentError as error:
-            yield Reject(where, error.reason, error.detail)
-            continue
-        yield document_of(where, parts, options, left_out)
+        parts, left_out = _parts_of_rows(rows, where, pictures)
+        return document_of(where, parts, options, left_out)
+
+    for key, group in groupby(table_rows(path, columns), key=lambda row: _name_of(row[0])):
+        where = f"{path}, sample {key}"
+        yield or_reject(where, document, key, group, where)
 
 
 def _name_of(sample: Any) -> str:
@@ -355,43 +352,43 @@ def _parts_of_rows(
     told = [row for row in rows if row["modality"] != "metadata"]
     places = [row["position"] for row in told]
     if any(type(place) is not int or place < 0 for place in places) or len({*places}) < len(told):
-        raise DocumentError(PLACES, f"its positions are {places}"[:200])
+        raise RejectedError(PLACES, f"its positions are {places}"[:200])
     parts: list[str | Picture | Reject] = []
     left_out: list[str] = []
     for row in sorted(told, key=lambda row: int(row["position"])):
         if row["modality"] == "text":
             text = row.get("text_content")
             if not isinstance(text, str | None):
-                raise DocumentError(NO_DOCUMENT, f"text_content holds {type(text).__name__}")
+                raise RejectedError(NO_DOCUMENT, f"text_content holds {type(text).__name__}")
             words = (text or "").strip()
             parts += [words] if words else []
             left_out += [] if words else [EMPTY_PLACE]
         elif row["modality"] == "image":
-            parts.append(_picture_of_row(row, where, pictures))
+            parts.append(or_reject(where, _picture_of_row, row, where, pictures))
         else:
             left_out.append(OTHER)
     return parts, left_out
 
 
-def _picture_of_row(row: Mapping[str, Any], where: str, pictures: Pictures) -> Picture | Reject:
+def _picture_of_row(row: Mapping[str, Any], where: str, pictures: Pictures) -> Picture:
     """The bytes of a row, or those that its `source_ref` names: a file, or a range of a tar."""
     if row.get("binary_content"):
-        return pictures.load(Shown((row["binary_content"],)), where)
+        return pictures.load(where, row["binary_content"])
     ref = unquoted(row.get("source_ref"))
     path = ref.get("path") if isinstance(ref, dict) else None
     if not isinstance(ref, dict) or not isinstance(path, str) or not path:
         why = row.get("materialize_error") or "no error"
-        return Reject(where, _MISSING, f"its row has neither bytes nor a place of them ({why})")
+        raise RejectedError(MISSING, f"its row has neither bytes nor a place of them ({why})")
     first, size, frame = (ref.get(key) for key in ("byte_offset", "byte_size", "frame_index"))
     if isinstance(first, int) and isinstance(size, int) and size > 0:
-        picture = pictures.range(path, first, size, where)
+        picture = pictures.range(path, first, size)
     elif ref.get("member"):
         remedy = "write its bytes into the rows (materialize_on_write)"
-        return Reject(where, _MISSING, f"its row has no range of {path}, {ref['member']}; {remedy}")
+        raise RejectedError(MISSING, f"its row has no range of {path}, {ref['member']}; {remedy}")
     else:
-        picture = pictures.file(path, where)
-    if isinstance(picture, Picture) and isinstance(frame, int) and picture.data[:2] in TIFF:
-        return frame_of(picture.data, frame, where, base_name(path))
+        picture = load_picture(pictures.roots, path)
+    if isinstance(frame, int) and picture.data[:2] in TIFF:
+        return frame_of(picture.data, frame, base_name(path))
     return picture
 
 

@@ -11,13 +11,13 @@ import re
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import pyarrow
 
-from midstream.core.digests import TEXT_SUFFIXES, plain_name
+from midstream.core.digests import TEXT_SUFFIXES
 from midstream.data.formats.files import (
     base_name,
     exists,
@@ -28,16 +28,18 @@ from midstream.data.formats.files import (
     join,
     read_head,
     read_lines,
-    shown_files,
     size_of,
 )
-from midstream.data.formats.json_records import (
+from midstream.data.formats.record_files import (
     NOT_UNICODE,
     NOT_UTF8,
+    columns_of,
     entries_of,
     holds_list,
     is_wide,
     json_object,
+    refuse_splits,
+    table_rows,
     unicode_problem,
 )
 from midstream.data.formats.records import (
@@ -48,18 +50,10 @@ from midstream.data.formats.records import (
     Unit,
     scan_tar,
 )
-from midstream.data.formats.tables import columns_of, refuse_splits, table_rows
 from midstream.data.remote import RemoteError
-from midstream.data.source_writer import Reject
+from midstream.data.source_writer import Reject, RejectedError, or_reject
 
 MANIFEST = "manifest.jsonl"
-# Token ids as nanoGPT, Megatron, OLMo, MosaicML and nanotron keep them.
-_TOKENISED = (".bin", ".idx", ".npy", ".npz", ".mds", ".ds")
-_OF_IDS = (
-    "token ids are read as OpenLM writes them (docs/data.md); give the texts that these were made "
-    "from"
-)
-_INDEX = re.compile(rb'\s*\{\s*"(shards|chunks)"\s*:')
 # What parts the documents of one file of text, on a line of its own.
 _END = re.compile(r"(?m)^<\|endoftext\|>[ \t]*$")
 NO_IDS, EMPTY = "not a list of token ids", "empty text"
@@ -76,7 +70,8 @@ def read_tokens(unit: Unit) -> Iterator[TokenRecord | Reject]:
     path, num_chunks = unit.files[0], 0
     for member in scan_tar(path):
         num_chunks += 1
-        yield _chunk_of(member, path)
+        where = f"{path}, member {member.name}"
+        yield or_reject(where, _chunk_of, member, where)
     if unit.last is not None and num_chunks != unit.last:
         raise ValueError(
             f"{path} holds {num_chunks:,} chunks, {folder_of(path)}/{MANIFEST} says "
@@ -84,24 +79,23 @@ def read_tokens(unit: Unit) -> Iterator[TokenRecord | Reject]:
         )
 
 
-def _chunk_of(member: Member, path: str) -> TokenRecord | Reject:
-    """The token ids that a member of the archive `path` holds, or why it holds none."""
-    where = f"{path}, member {member.name}"
+def _chunk_of(member: Member, where: str) -> TokenRecord:
+    """The token ids that a member of an archive holds; RejectedError says why it holds none."""
     if member.problem:
-        return Reject(where, member.problem)
+        raise RejectedError(member.problem)
     if not member.name.endswith(_MEMBERS):
-        return Reject(where, NO_IDS, f"its name ends in none of {', '.join(_MEMBERS)}")
+        raise RejectedError(NO_IDS, f"its name ends in none of {', '.join(_MEMBERS)}")
     try:
         ids = json.loads(_unpacked(member))
     except (EOFError, OSError, zlib.error, ValueError, RecursionError) as error:
-        return Reject(where, NO_IDS, str(error))
+        raise RejectedError(NO_IDS, str(error)) from None
     if ids == []:
-        return Reject(where, EMPTY, "a list without ids")
+        raise RejectedError(EMPTY, "a list without ids")
     # By type, not isinstance: true and false are no ids.
     if not isinstance(ids, list) or set(map(type, ids)) != {int}:
-        return Reject(where, NO_IDS, "ids are whole numbers in one flat list")
+        raise RejectedError(NO_IDS, "ids are whole numbers in one flat list")
     if min(ids) < 0 or max(ids) >= 2**63:
-        return Reject(where, NO_IDS, f"it has ids from {min(ids)} to {max(ids)}")
+        raise RejectedError(NO_IDS, f"it has ids from {min(ids)} to {max(ids)}")
     return TokenRecord(where, np.array(ids, dtype=np.int64))
 
 
@@ -123,10 +117,10 @@ def _read_manifest(path: str) -> dict[str, int] | None:
         if line.isspace():
             continue
         where = f"{path}, line {number}"
-        entry = json_object(line, where)
-        if not found and (isinstance(entry, Reject) or "shard" not in entry):
-            return None
+        entry = or_reject(where, json_object, line)
         values = {} if isinstance(entry, Reject) else entry
+        if not found and "shard" not in values:
+            return None
         name, count = values.get("shard"), values.get("num_sequences", values.get("num_chunks"))
         if not isinstance(name, str) or type(count) is not int or count < 0:
             raise ValueError(
@@ -176,13 +170,7 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Item]:
 
 
 def _units(source: str) -> list[Unit]:
-    try:
-        files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
-    except FileNotFoundError:
-        if other := next(filter(_is_tokenised, shown_files(source)), None):
-            raise ValueError(f"{other} is no text; {_OF_IDS}") from None
-        raise
-    _refuse_index(files)
+    files = find_files(source, tuple(end for ends in TEXT_SUFFIXES.values() for end in ends))
     refuse_splits(source, files)
     listed = cache(_read_manifest)
     lists = {path for path in files if base_name(path) == MANIFEST and listed(path) is not None}
@@ -225,61 +213,46 @@ def _together(units: Iterable[Unit]) -> Iterator[Unit]:
     yield Unit("txt", tuple(held))
 
 
-def _refuse_index(files: Sequence[str]) -> None:
-    """Raises ValueError for the index that MosaicML's and Lightning's writers put beside shards."""
-    for path in files:
-        if base_name(path) == "index.json" and _INDEX.match(read_head(path, 2**10)):
-            raise ValueError(
-                f"{path} lists the shards of {folder_of(path)}, which are in a streaming format "
-                "that no reader opens; write their texts as lines of JSON or as parquet"
-            )
-
-
-def _is_tokenised(path: str) -> bool:
-    return plain_name(base_name(path)).endswith(_TOKENISED)
-
-
 def _check_tokenised(path: str) -> None:
-    first = next(scan_tar(path), None)
-    found = None if first is None else _chunk_of(first, path)
-    if isinstance(found, Reject):
-        raise ValueError(
-            f"{found}: no shard of token ids; pictures are prepared as captions, and archives of "
-            "texts unpacked first"
-        )
+    for member in islice(scan_tar(path), 1):
+        found = or_reject(f"{path}, member {member.name}", _chunk_of, member, path)
+        if isinstance(found, Reject):
+            raise ValueError(
+                f"{found}: no shard of token ids; pictures are prepared as captions, and archives "
+                "of texts unpacked first"
+            )
 
 
 def _format(path: str) -> str:
     name = full_name(path)
     found = next((kind for kind, ends in TEXT_SUFFIXES.items() if name.endswith(ends)), None)
-    if found is None and _is_tokenised(path):
-        raise ValueError(f"{path} is no text; {_OF_IDS}")
     if found is None:
         known = "; ".join(f"{kind} ({', '.join(ends)})" for kind, ends in TEXT_SUFFIXES.items())
         raise ValueError(
             f"{path} is of no known format of texts, by its name or how it begins; known are "
-            f"{known}; name it so if it is one of these, or write its texts as lines of JSON"
+            f"{known}; name it so if it is one of these, or write its texts (those that token ids "
+            "were made from) as lines of JSON"
         )
     return found
 
 
 def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:
-    path, key = unit.files[0], options.text_key
+    path = unit.files[0]
     for where, data in entries_of(path, listed=holds_list(path)):
-        found = json_object(data, where)
-        if isinstance(found, Reject):
-            yield found
-            continue
-        parts = _parts(found, key)
-        text = _inside(found, parts)
-        if isinstance(text, str):
-            yield _document(where, text)
-        else:
-            has = f"{key!r} is no text" if parts[0] in found else f"its keys are {list(found)}"
-            lists = ((name, x) for name, x in found.items() if isinstance(x, list) and x)
-            if held := [name for name, x in lists if isinstance(_inside(x[0], parts), str)]:
-                has = f"it is a record of records: write the list under {held[0]!r} alone"
-            yield Reject(where, NO_TEXT, has[:200])
+        yield or_reject(where, _text_in, where, data, options.text_key)
+
+
+def _text_in(where: str, data: bytes, key: str) -> TextRecord:
+    found = json_object(data)
+    parts = _parts(found, key)
+    text = _inside(found, parts)
+    if isinstance(text, str):
+        return _document(where, text)
+    has = f"{key!r} is no text" if parts[0] in found else f"its keys are {list(found)}"
+    lists = ((name, x) for name, x in found.items() if isinstance(x, list) and x)
+    if held := [name for name, x in lists if isinstance(_inside(x[0], parts), str)]:
+        has = f"it is a record of records: write the list under {held[0]!r} alone"
+    raise RejectedError(NO_TEXT, has[:200])
 
 
 def _parts(names: Container[str], key: str) -> list[str]:
@@ -299,7 +272,8 @@ def _read_table(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     column, *inner = _parts(schema.names, options.text_key)
     _check_column(path, schema, options.text_key)
     for number, (value,) in enumerate(table_rows(path, [column])):
-        yield _from_column(f"{path}, row {number}", value, inner)
+        where = f"{path}, row {number}"
+        yield or_reject(where, _from_column, where, value, inner)
 
 
 def _check_column(path: str, schema: pyarrow.Schema, key: str) -> None:
@@ -319,14 +293,16 @@ def _check_column(path: str, schema: pyarrow.Schema, key: str) -> None:
         raise ValueError(f"{path}: column {key!r} is {kind}, not text; name another column")
 
 
-def _from_column(where: str, value: pyarrow.Scalar, inner: Sequence[str]) -> Item:
+def _from_column(where: str, value: pyarrow.Scalar, inner: Sequence[str]) -> TextRecord:
     try:
         text = _inside(value.as_py(), inner)
         # Where the writer did not say that its bytes are text.
         text = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
-        return Reject(where, NOT_UTF8, str(error))
-    return Reject(where, NO_TEXT, "it is null") if text is None else _document(where, text)
+        raise RejectedError(NOT_UTF8, str(error)) from None
+    if text is None:
+        raise RejectedError(NO_TEXT, "it is null")
+    return _document(where, text)
 
 
 def _read_txt(unit: Unit, options: ReadOptions) -> Iterator[Item]:
@@ -361,19 +337,20 @@ def _documents_of(path: str) -> Iterator[Item]:
         return
     first, *others = _END.split(text.replace("\r\n", "\n"))
     if not others:
-        yield _document(path, first)
+        yield or_reject(path, _document, path, first)
         return
     for number, part in enumerate([first, *others]):
         # Nothing stands behind the last one.
         if part := part.strip("\n"):
-            yield _document(f"{path}, document {number}", part)
+            where = f"{path}, document {number}"
+            yield or_reject(where, _document, where, part)
 
 
-def _document(where: str, text: str) -> TextRecord | Reject:
+def _document(where: str, text: str) -> TextRecord:
     if not text or text.isspace():
-        return Reject(where, EMPTY)
+        raise RejectedError(EMPTY)
     if problem := unicode_problem(text):
-        return Reject(where, NOT_UNICODE, problem)
+        raise RejectedError(NOT_UNICODE, problem)
     return TextRecord(where, text)
 
 

@@ -3,18 +3,19 @@
 What is wrong with one member or sample is its `problem`; a damaged file is a ValueError.
 """
 
+import os
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from midstream.data.examples import Turn
-from midstream.data.formats.files import open_whole
+from midstream.data.formats.files import base_name, folder_of, open_whole, shown_files
 from midstream.data.source_writer import Reject
 from midstream.data.sources import content_hash
 
@@ -91,7 +92,7 @@ class TextRecord:
 
     where: str
     text: str
-    picture: None = None
+    pictures: ClassVar[tuple[Picture, ...]] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -105,7 +106,7 @@ class TokenRecord:
 
     where: str
     input_ids: np.ndarray
-    picture: None = None
+    pictures: ClassVar[tuple[Picture, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ class CaptionRecord:
     picture: Picture
     synthetic: tuple[str, ...] = ()
     left_out: int = 0
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The only one, as every record has them."""
+        return (self.picture,)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -206,6 +212,10 @@ _HEADERS = (
 )
 
 
+# The format of samples whose files lie beside each other: a picture and what is said of it.
+FILES = "files"
+# The members or files that hold a caption alone.
+TEXTS = ("txt", "caption", "text")
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif")
 
 
@@ -400,3 +410,38 @@ def _sample(path: str, key: str, members: Iterator[tuple[str, Member]], seen: se
         if problem:
             found.clear()
     return Sample(path, key, found, problem, detail, tuple(pictures))
+
+
+def sample_units(source: str) -> list[Unit]:
+    """Units of the samples that lie as files beside each other: a picture, and its .txt or .json.
+
+    Files of no picture are none of a sample's.
+    """
+    samples: dict[tuple[str, str], list[str]] = {}
+    for file in shown_files(source):
+        folder, stem, suffix = parts_of(file)
+        if suffix in (*PICTURES, *TEXTS, "json", "syn.json"):
+            samples.setdefault((folder, stem), []).append(file)
+    shown = [files for _, files in sorted(samples.items()) if any(map(is_picture, files))]
+    if all(is_picture(file) for files in shown for file in files):
+        return []
+    parts = (shown[x : x + NUM_UNIT_RECORDS] for x in range(0, len(shown), NUM_UNIT_RECORDS))
+    return [Unit(FILES, tuple(file for files in part for file in files)) for part in parts]
+
+
+def samples_beside(unit: Unit) -> Iterator[list[str]]:
+    """The files of each sample of a unit of them that has more than its picture."""
+    if unit.format == FILES:
+        for _, files in groupby(unit.files, key=lambda file: parts_of(file)[:2]):
+            if len(sample := list(files)) > 1:
+                yield sample
+
+
+def parts_of(file: str) -> tuple[str, str, str]:
+    """The folder of a sample's file, the sample's name, and what of it the file is."""
+    name = base_name(file)
+    end = ".syn.json" if name.lower().endswith(".syn.json") else os.path.splitext(name)[1]
+    stem = name.removesuffix(name[-len(end) :] if end else "")
+    if is_picture(stem) and not is_picture(name):
+        stem = os.path.splitext(stem)[0]  # 0.jpg.txt beside 0.jpg
+    return folder_of(file), stem, end[1:].lower()

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
-from midstream.data.examples import IMAGE_MARK
-from midstream.data.formats.captions import picture_in
-from midstream.data.formats.json_records import unquoted
+from midstream.data.examples import IMAGE_MARK, without_marks
+from midstream.data.formats.pictures import picture_in
+from midstream.data.formats.record_files import unquoted
 from midstream.data.formats.records import is_picture
+from midstream.data.source_writer import RejectedError
 
 _KEYS = (("from", "value"), ("role", "content"), ("speaker", "text"))
 # A question and its reply under names of their own, as a turn or as a whole record.
@@ -84,17 +84,6 @@ _SHOWN = (
 )
 
 
-class ConversationError(ValueError):
-    """A record that is no conversation that can be learnt from.
-
-    `reason` is one of a few, to count it under; `detail` is about this record.
-    """
-
-    def __init__(self, where: str, reason: str, detail: str) -> None:
-        super().__init__(f"{where}: {reason} ({detail})")
-        self.reason, self.detail = reason, detail
-
-
 @dataclass(frozen=True)
 class Said:
     """What a turn says: its role, its text with a mark for each picture, whether it is learnt.
@@ -110,12 +99,7 @@ class Said:
     @property
     def placed(self) -> tuple[str, tuple[int, ...]]:
         """The text without marks and space around it, and where in it they stood."""
-        pieces = self.text.split(IMAGE_MARK)
-        whole = "".join(pieces)
-        text = whole.strip()
-        before = len(whole) - len(whole.lstrip())
-        ends = list(accumulate(map(len, pieces)))[:-1]
-        return text, tuple(min(max(end - before, 0), len(text)) for end in ends)
+        return without_marks(self.text)
 
 
 def pair_in(values: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -123,33 +107,33 @@ def pair_in(values: Mapping[str, Any]) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if all(key in values for key in pair)), None)
 
 
-def said_of(turn: object, where: str, number: int, *, is_rated_low: bool = False) -> Iterator[Said]:
+def said_of(turn: object, number: int, *, is_rated_low: bool = False) -> Iterator[Said]:
     """What a turn says, or of a pair both question and reply; pictures of its own stand before it.
 
-    Raises ConversationError that names `where`.
+    Raises RejectedError.
     """
     at = f"turn {number}"
     own: list[str | bytes] = []
     if isinstance(turn, dict):
-        own = pictures_under(turn, where, f" of {at}")
+        own = pictures_under(turn, f" of {at}")
         if any(key in turn for keys in _KEYS for key in keys):
             pair = None
         elif pair := pair_in(turn):
             if aside := [key for key in ASIDE if not is_absent(unquoted(turn.get(key)))]:
-                raise ConversationError(where, ASKED_ASIDE, f"{at} has {aside[0]!r}")
-            system = text_of("system", turn.get("system"), where, at)
+                raise RejectedError(ASKED_ASIDE, f"{at} has {aside[0]!r}")
+            system = text_of("system", turn.get("system"), at)
             yield from [system] if system.text else []
-            yield _showing(text_of("human", _question(turn, pair), where, at), own, where)
-            yield Said(RATED_LOW) if is_rated_low else _reply(turn, pair[1], where, at)
+            yield _showing(text_of("human", _question(turn, pair), at), own)
+            yield Said(RATED_LOW) if is_rated_low else _reply(turn, pair[1], at)
             return
-    who, content = _role_and_content(turn, where, at)
+    who, content = _role_and_content(turn, at)
     role = _ROLES.get(who.strip().lower())
     if role is None:
         known = "user, assistant, system, tool and names like these"
-        raise ConversationError(where, "unknown role", f"{at}: {who[:80]!r}; known are {known}")
-    said = text_of(role, None if role in MISSING else content, where, at)
-    said = _showing(said, own, where)
-    unlearnt = role == "gpt" and not _is_learnt(turn, where, at)
+        raise RejectedError("unknown role", f"{at}: {who[:80]!r}; known are {known}")
+    said = text_of(role, None if role in MISSING else content, at)
+    said = _showing(said, own)
+    unlearnt = role == "gpt" and not _is_learnt(turn, at)
     yield replace(said, learnt=False) if unlearnt else said
 
 
@@ -160,40 +144,40 @@ def _question(turn: Mapping[str, Any], pair: tuple[str, str]) -> object:
     return "\n".join(texts) if isinstance(asked, str) else asked
 
 
-def _reply(turn: Mapping[str, Any], key: str, where: str, at: str) -> Said:
+def _reply(turn: Mapping[str, Any], key: str, at: str) -> Said:
     reply = turn[key]
     if isinstance(reply, list) and len(reply) > 1 and all(isinstance(x, str) for x in reply):
         detail = f"{at} has {len(reply)} replies under {key!r}; keep one"
-        raise ConversationError(where, "more than one reply", detail)
+        raise RejectedError("more than one reply", detail)
     # Answers that count.
     reply = str(reply) if type(reply) is int else reply
-    return replace(text_of("gpt", reply, where, at), learnt=_is_learnt(turn, where, at))
+    return replace(text_of("gpt", reply, at), learnt=_is_learnt(turn, at))
 
 
-def _showing(said: Said, own: Sequence[str | bytes], where: str) -> Said:
+def _showing(said: Said, own: Sequence[str | bytes]) -> Said:
     """A turn with the pictures that it names beside its text, as a record of that turn alone."""
     if own and said.role != "human":
-        raise ConversationError(where, OUTSIDE, f"in a turn of {said.role!r}")
+        raise RejectedError(OUTSIDE, f"in a turn of {said.role!r}")
     if not own:
         return said
-    (one,) = marked([said], len(own), where)
-    return replace(one, shown=tuple(in_places(where, one.shown, own)))
+    (one,) = marked([said], len(own))
+    return replace(one, shown=tuple(in_places(one.shown, own)))
 
 
-def _is_learnt(turn: Any, where: str, at: str) -> bool:
+def _is_learnt(turn: Any, at: str) -> bool:
     for key in _WEIGHTS:
         value = turn.get(key)
         if isinstance(value, str):
             value = {"true": True, "false": False}.get(value.lower(), value)
         if not is_absent(value) and value not in (0, 1):
             detail = f"{at}: {key} is {value!r}"[:200]
-            raise ConversationError(where, "weight other than 0 and 1", detail)
+            raise RejectedError("weight other than 0 and 1", detail)
         if value == 0:
             return False
     return True
 
 
-def _role_and_content(turn: object, where: str, at: str) -> tuple[str, object]:
+def _role_and_content(turn: object, at: str) -> tuple[str, object]:
     """The role and the content of a turn; what calls a tool is a tool's."""
     who = content = None
     if isinstance(turn, dict):
@@ -205,13 +189,13 @@ def _role_and_content(turn: object, where: str, at: str) -> tuple[str, object]:
         content = turn.get(text, next((turn[key] for _, key in _KEYS if key in turn), None))
     if not isinstance(who, str):
         keys = " or ".join(repr(key) for key, _ in _KEYS)
-        raise ConversationError(where, NO_TALK, f"{at} has no role under {keys}")
+        raise RejectedError(NO_TALK, f"{at} has no role under {keys}")
     parts = content if isinstance(content, list) else []
     calls = any(isinstance(part, dict) and part.get("type") in _TOOLS for part in parts)
     return (_TOOL, None) if calls else (who, content)
 
 
-def text_of(role: str, content: object, where: str, place: str) -> Said:
+def text_of(role: str, content: object, place: str) -> Said:
     """The text of a turn, with the image mark where a part shows a picture, and those pictures."""
     if is_absent(content) or isinstance(content, str):
         pieces = _NAMED.split(content if isinstance(content, str) else "")
@@ -219,33 +203,33 @@ def text_of(role: str, content: object, where: str, place: str) -> Said:
         for number, piece in enumerate(pieces):
             # Between the texts stand the names of the pictures.
             named = number % 2
-            shown += [_picture(piece, where, place)] if named else _unnamed(piece)
+            shown += [_picture(piece, place)] if named else _unnamed(piece)
         return Said(role, IMAGE_MARK.join(pieces[::2]), tuple(shown))
     content = [content] if isinstance(content, dict) and "type" in content else content
     if not isinstance(content, list):
         what = f"{place} has no text but {type(content).__name__}; write it as a text"
-        raise ConversationError(where, NO_TALK, what)
+        raise RejectedError(NO_TALK, what)
     text, shown = "", []
     for number, part in enumerate(content):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         at = f"{place}, part {number}"
         if not isinstance(part, dict):
-            raise ConversationError(where, NO_TALK, f"{at} is {type(part).__name__}")
+            raise RejectedError(NO_TALK, f"{at} is {type(part).__name__}")
         kind, said = part.get("type"), _text_in(part)
         value = next((part[x] for x in _SHOWN if part.get(x)), None) if kind or not said else None
         if kind in ("image", "image_url", "input_image") or (kind is None and value is not None):
             index = part.get("index")
             of_record = index if type(index) is int else None
-            shown.append(of_record if value is None else _picture(value, where, at))
+            shown.append(of_record if value is None else _picture(value, at))
             text += IMAGE_MARK
         elif kind in ("text", "input_text", "output_text", None) and isinstance(said, str):
             apart = text and not text.endswith(IMAGE_MARK) and not text[-1].isspace()
             text += "\n" + said if apart and said and not said[0].isspace() else said
             shown += _unnamed(said)
         elif isinstance(kind, str) and ("video" in kind or "audio" in kind):
-            raise ConversationError(where, VIDEO, at)
+            raise RejectedError(VIDEO, at)
         else:
-            raise ConversationError(where, NO_TALK, f"{at} is neither text nor picture: {kind!r}")
+            raise RejectedError(NO_TALK, f"{at} is neither text nor picture: {kind!r}")
     return Said(role, text, tuple(shown))
 
 
@@ -257,17 +241,17 @@ def _unnamed(text: str) -> list[None]:
     return [None] * text.count(IMAGE_MARK)
 
 
-def pictures_under(values: Mapping[str, Any], where: str, place: str = "") -> list[str | bytes]:
+def pictures_under(values: Mapping[str, Any], place: str = "") -> list[str | bytes]:
     """The pictures that a record or a turn names; "", null, NaN, numbers and {bytes: null} are
     none, and so is a `file_name` that ends as no picture's does.
 
-    Raises ConversationError that names `where`, also for videos and sound.
+    Raises RejectedError, also for videos and sound.
     """
     if _SEEN.isdisjoint(values):
         return []
     for other in VIDEO_KEYS:
         if not _says_nothing(other, values.get(other)):
-            raise ConversationError(where, VIDEO, f"under {other!r}{place}")
+            raise RejectedError(VIDEO, f"under {other!r}{place}")
     have = [key for key in PICTURE_KEYS if not _says_nothing(key, values.get(key))]
     keys = [key for key in have if key in _IMAGES] or have[:1]
     found: list[str | bytes] = []
@@ -277,7 +261,7 @@ def pictures_under(values: Mapping[str, Any], where: str, place: str = "") -> li
             # MiniCPM-V's: a name for each mark.
             value = [value[mark] for mark in sorted(value, key=lambda x: int(x.strip("<image_>")))]
         held = value if isinstance(value, list) else [value]
-        found += [_picture(x, where, f"under {key!r}{place}") for x in held if not _is_none(x)]
+        found += [_picture(x, f"under {key!r}{place}") for x in held if not _is_none(x)]
     return found
 
 
@@ -298,21 +282,21 @@ def _is_none(value: object) -> bool:
     return value is None or (isinstance(value, dict) and all(x is None for x in value.values()))
 
 
-def _picture(value: object, where: str, place: str) -> str | bytes:
+def _picture(value: object, place: str) -> str | bytes:
     try:
         found = picture_in(value)
-    except ValueError as error:
-        raise ConversationError(where, NO_NAME, f"{place}: {error}") from None
+    except RejectedError as error:
+        raise RejectedError(NO_NAME, f"{place}: {error.detail}") from None
     if found is None or found == "":
-        raise ConversationError(where, NO_NAME, place)
+        raise RejectedError(NO_NAME, place)
     return found
 
 
-def marked(said: Sequence[Said], num_pictures: int, where: str) -> list[Said]:
+def marked(said: Sequence[Said], num_pictures: int) -> list[Said]:
     """The turns with a mark for the record's pictures: where other programs' marks stand in
     questions, or, where nothing does, all before the first question.
 
-    Raises ConversationError that names `where` for such marks in a record without pictures, and for
+    Raises RejectedError for such marks in a record without pictures, and for
     what may be meant for a mark.
     """
     asked = [n for n, one in enumerate(said) if one.role == "human"]
@@ -321,12 +305,12 @@ def marked(said: Sequence[Said], num_pictures: int, where: str) -> list[Said]:
         return list(said)
     if not num_pictures:
         if (mark := _NO_CHANCE.search(questions)) is not None:
-            raise ConversationError(where, NO_PICTURE, f"{mark[0]!r} stands in a question")
+            raise RejectedError(NO_PICTURE, f"{mark[0]!r} stands in a question")
         return list(said)
     found = [_with_marks(one) if one.role == "human" else one for one in said]
     if not any(one.shown for one in found):
         if (mark := _LIKE_MARKS.search(questions)) is not None:
-            raise ConversationError(where, NO_MARK, f"{mark[0]!r} stands for none")
+            raise RejectedError(NO_MARK, f"{mark[0]!r} stands for none")
         text = IMAGE_MARK * num_pictures + said[asked[0]].text
         found[asked[0]] = replace(said[asked[0]], text=text, shown=(None,) * num_pictures)
     return found
@@ -340,7 +324,7 @@ def _with_marks(one: Said) -> Said:
 
 
 def in_places(
-    where: str, marks: Sequence[str | bytes | int | None], pictures: Sequence[str | bytes]
+    marks: Sequence[str | bytes | int | None], pictures: Sequence[str | bytes]
 ) -> list[str | bytes]:
     """The picture of each mark: its own, or one of the record's that are no mark's own, by its
     number (from 0 or 1) where all have one, else the next."""
@@ -349,9 +333,9 @@ def in_places(
     others = [mark for mark in marks if not isinstance(mark, str | bytes)]
     found = f"{len(marks)} {IMAGE_MARK} marks, {len(rest) + len(own)} pictures"
     if marks and not own and not rest:
-        raise ConversationError(where, NO_PICTURE, found)
+        raise RejectedError(NO_PICTURE, found)
     if rest and not marks:
-        raise ConversationError(where, NO_MARK, found)
+        raise RejectedError(NO_MARK, found)
     numbers = [mark for mark in others if isinstance(mark, int)]
     if numbers and len(numbers) == len(others):
         found += f", marks of the numbers {sorted({*numbers})}"
@@ -359,6 +343,6 @@ def in_places(
         numbers = list(range(len(others)))
     first = min(numbers, default=0)
     if first not in (0, 1) or {*numbers} != {*range(first, first + len(rest))}:
-        raise ConversationError(where, MARKS_DIFFER, found[:200])
+        raise RejectedError(MARKS_DIFFER, found[:200])
     following = iter(rest[number - first] for number in numbers)
     return [mark if isinstance(mark, str | bytes) else next(following) for mark in marks]

@@ -1,7 +1,11 @@
-"""Tables: Parquet and Arrow files row by row, and which split of a data set is meant; those of
-`midstream join captions`, where a row is a sample whose picture is a range of an archive."""
+"""Files of records: JSON lists, lines and lone objects, and Parquet and Arrow tables row by row.
+
+Also which split of a data set is meant, and the tables of `midstream join captions`, where a row is
+a sample whose picture is a range of an archive.
+"""
 
 import io
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,12 +19,204 @@ from pyarrow import ipc
 from pyarrow.parquet import ParquetFile
 
 from midstream.core.storage import read_json
-from midstream.data.formats.files import full_name, inside, open_binary, open_whole
-from midstream.data.formats.json_records import NOT_UTF8
+from midstream.data.formats.files import (
+    full_name,
+    inside,
+    open_binary,
+    open_whole,
+    read_head,
+    read_lines,
+    read_pieces,
+    unpacked,
+)
 from midstream.data.formats.records import Member, ReadOptions, Sample
 from midstream.data.remote import RemoteError
-from midstream.data.source_writer import Reject
+from midstream.data.source_writer import Reject, RejectedError, or_reject
 from midstream.data.sources import content_hash
+
+NO_OBJECT, NOT_UTF8, NOT_UNICODE = "not a JSON object", "not UTF-8", "not Unicode"
+MAX_ENTRY_BYTES, _LONE_BYTES = 256 * 2**20, 2**24
+_PIECE_BYTES = 2**20
+_BOM = b"\xef\xbb\xbf"
+_SPACE = b" \t\r\n"
+# What stands before the next bracket or, between the entries of the list itself, comma: other
+# characters, and strings, in which brackets and commas mean nothing.
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_NEXT_BRACKET = re.compile(rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+([{}\[\]])", re.DOTALL)
+_NEXT_IN_LIST = re.compile(rb'(?:[^"{}\[\],]++|' + _STRING + rb")*+([{}\[\],])", re.DOTALL)
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`; RejectedError says why there is none."""
+    if not data.strip(_SPACE):
+        raise RejectedError(NO_OBJECT, "nothing stands there; a comma too many?")
+    try:
+        found = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RejectedError(NOT_UTF8, str(error)) from None
+    # ValueError: also numbers of thousands of digits; RecursionError: thousands of brackets.
+    except (ValueError, RecursionError) as error:
+        raise RejectedError(NO_OBJECT, str(error)) from None
+    if not isinstance(found, dict):
+        raise RejectedError(NO_OBJECT, type(found).__name__)
+    return found
+
+
+def unquoted(value: object) -> object:
+    """The list or object that a text is as JSON, as columns of text hold them; else the value."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list | dict) else value
+
+
+def field_in(value: object, parts: Sequence[str]) -> object:
+    """What stands under keys inside each other (see `unquoted`); None where one is not there."""
+    for part in parts:
+        value = unquoted(value)
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def unicode_problem(text: str) -> str:
+    """What keeps `text` from being written as UTF-8 (half a surrogate pair), or nothing."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return str(error)
+    return ""
+
+
+def is_wide(data: bytes) -> bool:
+    """Whether a text is UTF-16 or UTF-32, by its mark or by zeros in most of its characters."""
+    head = data[: 2**10]
+    return head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) or (
+        3 * head.count(0) > len(head) > 3
+    )
+
+
+def _head_of(path: str) -> bytes:
+    """How a file of JSON begins; ValueError names one that is not UTF-8 for its most part."""
+    head = read_head(path, 2**16)
+    if is_wide(head):
+        raise ValueError(
+            f"{path} is UTF-16 or UTF-32; write it in UTF-8, as iconv -f UTF-16 -t UTF-8 does"
+        )
+    return head.removeprefix(_BOM).lstrip(_SPACE)
+
+
+def holds_list(path: str) -> bool:
+    """Whether the file's JSON is one list of records, and not lines of them.
+
+    Raises ValueError that names a file in UTF-16, and as `read_lines` does.
+    """
+    head = _head_of(path)
+    line, _, rest = head.partition(b"\n")
+    if not head.startswith(b"[") or not rest.strip():
+        return head.startswith(b"[")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    # Its first line is a list of its own.
+    return False
+
+
+def entries_of(path: str, *, listed: bool) -> Iterator[tuple[str, bytes]]:
+    """Place and bytes of each entry of a JSON list (from 0), of each line that is not blank (from
+    1), or of the one object over several lines.
+
+    Errors as of `list_entries` and `read_lines`, and ValueError for a file that ends in an object.
+    """
+    if listed:
+        yield from ((f"{path}, record {n}", data) for n, data in enumerate(list_entries(path)))
+        return
+    if whole := lone_object(path):
+        yield f"{path}, record 0", whole
+        return
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.isspace():
+            continue
+        cut = not line.endswith((b"\n", b"\r")) and not line.rstrip(_SPACE + b"\0").endswith(b"}")
+        if cut and line.lstrip(_SPACE).startswith(b"{"):
+            raise ValueError(
+                f"{path} ends inside line {number:,}; fetch it again, or remove that line"
+            )
+        yield f"{path}, line {number}", line
+
+
+def lone_object(path: str) -> bytes:
+    """The bytes of the one object over several lines that a file of up to 16 MiB holds; else
+    nothing."""
+    head = _head_of(path)
+    line, end, _ = head.partition(b"\n")
+    if not head.startswith(b"{") or not end or _is_object(line):
+        return b""
+    data = read_head(path, _LONE_BYTES + 1)
+    return data if len(data) <= _LONE_BYTES and _is_object(data) else b""
+
+
+def _is_object(data: bytes) -> bool:
+    return isinstance(or_reject("", json_object, data), dict)
+
+
+def list_entries(path: str) -> Iterator[bytes]:
+    """The bytes of each entry of the JSON list that a file holds, one in memory at a time.
+
+    An entry is what stands between the commas of the list; whether it is JSON is not looked at.
+    (`ijson` changes halves of surrogate pairs, gives up a file for one byte that is no UTF-8, and
+    takes memory without bound for nested brackets.)
+    Raises ValueError that names the file if it does not begin with a list, ends inside it, goes on
+    behind it, or has an entry of more than 256 MiB.
+    """
+    with unpacked(path) as stream:
+        read = read_pieces(path, stream)
+        text = read(_PIECE_BYTES).removeprefix(_BOM).lstrip(_SPACE)
+        if not text.startswith(b"["):
+            raise ValueError(
+                f"{path} begins with {text[:20]!r}, not with a list of records; name the files "
+                "that hold records (.jsonl for one record a line), or write the list that is "
+                "inside an object alone"
+            )
+        # `start` is where the entry begins, `position` how far it is known.
+        depth, start, position, count = 1, 1, 1, 0
+        while depth:
+            pattern = _NEXT_IN_LIST if depth == 1 else _NEXT_BRACKET
+            found = pattern.match(text, position)
+            if found is None:
+                # As much again as is there, so that a long string is not looked at for each piece.
+                text, position = text[start:], position - start
+                start = 0
+                more = read(max(_PIECE_BYTES, len(text)))
+                _check(path, more, len(text), count)
+                text += more
+                continue
+            position, mark = found.end(), found[1]
+            depth += 1 if mark in b"[{" else -1 if mark in b"]}" else 0
+            if depth == 0 or mark == b",":
+                entry = text[start : position - 1].strip(_SPACE)
+                start, count = position, count + 1
+                if entry or mark == b"," or count > 1:
+                    yield entry
+        rest = text[position:].strip(_SPACE)
+        while not rest and (text := read(_PIECE_BYTES)):
+            rest = text.strip(_SPACE)
+        if rest:
+            raise ValueError(f"{path} goes on behind its list ({rest[:20]!r}); fetch it again")
+
+
+def _check(path: str, more: bytes, num_bytes: int, entry: int) -> None:
+    if not more:
+        raise ValueError(f"{path} ends inside its list, in entry {entry:,}; fetch it again")
+    if num_bytes > MAX_ENTRY_BYTES:
+        raise ValueError(
+            f"{path}: entry {entry:,} is longer than {MAX_ENTRY_BYTES:,} bytes; a quotation mark "
+            "may be missing in it"
+        )
+
 
 PARQUET, ARROW = (".parquet",), (".arrow",)
 TABLES = PARQUET + ARROW
@@ -29,10 +225,10 @@ _BATCH_ROWS, _TEXT_ROWS, _BUFFER_BYTES = 32, 256, 2**20
 # How messages of a stream of Arrow begin (those of before 2019 do not), and how it ends.
 _CONTINUES = b"\xff\xff\xff\xff"
 _END_OF_STREAM = _CONTINUES + b"\0\0\0\0"
-_SPLIT = re.compile(r"(?<![a-z])(?P<split>train|validation|valid|val|dev|test)(?![a-z])")
+SPLIT_WORD = re.compile(r"(?<![a-z])(?P<split>train|validation|valid|val|dev|test)(?![a-z])")
 # split=train (partitions) and partial-train (the hub's) too.
-_SPLIT_FOLDER = re.compile(rf"(?:\w+=|partial-)?{_SPLIT.pattern}")
-_NAMES = {"valid": "validation", "val": "validation"}
+_SPLIT_FOLDER = re.compile(rf"(?:\w+=|partial-)?{SPLIT_WORD.pattern}")
+SPLIT_NAMES = {"valid": "validation", "val": "validation"}
 _SPLIT_LIST = "dataset_dict.json"
 
 
@@ -135,11 +331,11 @@ def refuse_splits(source: str, files: Sequence[str]) -> None:
     for parts in tables:
         for depth, part in enumerate(parts[shared:], start=shared):
             last = depth + 1 == len(parts)
-            named = (_SPLIT.search if last else _SPLIT_FOLDER.match)(part.lower())
+            named = (SPLIT_WORD.search if last else _SPLIT_FOLDER.match)(part.lower())
             if named or part in listed:
                 name = part if part in listed or named is None else named["split"]
                 shown = re.sub(r"([-_.])\d.*(?=\.)", r"\1*", part) if last else part
-                patterns = splits.setdefault(_NAMES.get(name, name), {})
+                patterns = splits.setdefault(SPLIT_NAMES.get(name, name), {})
                 patterns["/".join([*parts[:depth], shown])] = None
                 break
     if len(splits) > 1:

@@ -1,28 +1,188 @@
-"""Pictures by their addresses: where img2dataset stored each, in a tar, in a table or as a file."""
+"""The pictures that records name: by a file's name, bytes, a range of an archive, or an address.
 
+Addresses are looked up where img2dataset stored what it fetched: in a tar, a table or as a file.
+"""
+
+import base64
+import binascii
+import errno
 import json
 import os
 import re
 import sqlite3
+import unicodedata
 import uuid
-from collections.abc import Iterator
-from contextlib import closing
-from itertools import groupby
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from itertools import accumulate, groupby
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from pyarrow.parquet import ParquetFile
 
 from midstream.core.digests import walk
 from midstream.core.storage import room_for
-from midstream.data.formats.files import is_url, join, read_range
-from midstream.data.formats.json_records import json_object
-from midstream.data.formats.records import LARGEST_BYTES, Picture, headers_of, is_picture
-from midstream.data.formats.tables import PARQUET, columns_of, table_rows
-from midstream.data.source_writer import Reject
+from midstream.data.formats.files import folder_of, inside, is_url, join, read_range
+from midstream.data.formats.record_files import PARQUET, columns_of, json_object, table_rows
+from midstream.data.formats.records import (
+    LARGEST_BYTES,
+    PICTURES,
+    Picture,
+    ReadOptions,
+    headers_of,
+    is_picture,
+)
+from midstream.data.source_writer import RejectedError, or_reject
 from midstream.data.sources import content_hash
+
+# How JPEG, PNG, WebP and GIF begin in base64; no name of a file is so long and begins so.
+_BASE64, _BASE64_CHARACTERS = ("/9j/", "_9j_", "iVBORw0KGgo", "UklGR", "R0lGOD"), 64
+# Such bytes as Python shows them: str(base64.b64encode(data)).
+_BYTES = re.compile(r"b'([A-Za-z0-9+/]{64,}=*)'")
+MISSING, ZERO_BYTES, PICTURE_TOO_LARGE = "missing picture", "zero-byte picture", "picture too large"
+NO_PICTURE = "no picture"
+# No file has so many bytes.
+LARGEST_FILE = 2**63
+
+
+def picture_roots(path: str, options: ReadOptions) -> list[str]:
+    """Where the names in a file start, first, and its own folder, for absolute ones."""
+    return [*([] if options.images is None else [options.images]), folder_of(path)]
+
+
+def load_picture(roots: Sequence[str], name: str) -> Picture:
+    """What a record calls `name`, under the folders or URLs `roots` (see `inside`).
+
+    Raises RejectedError where there is none, or none that can be read.
+    """
+    picture = load_range(roots, name, 0, LARGEST_BYTES + 1)
+    if not picture.data:
+        raise RejectedError(ZERO_BYTES, picture.file)
+    if len(picture.data) > LARGEST_BYTES:
+        raise RejectedError(PICTURE_TOO_LARGE, f"{picture.file} has over {LARGEST_BYTES:,} bytes")
+    return picture
+
+
+def load_range(roots: Sequence[str], name: str, first: int, size: int) -> Picture:
+    """Up to `size` bytes from `first` on of what `load_picture` would load.
+
+    Where no file has the name it may have / for \\ (lists of Windows), the same letters in another
+    form of Unicode (files of macOS), its characters as in an address (%20), or, on a local disk,
+    the end in letters of the other case (.JPG of cameras).
+    """
+    try:
+        return _load_range(roots, name, first, size)
+    except RejectedError as error:
+        if error.reason != MISSING:
+            raise
+        missing = error
+    if "\\" in name:
+        return load_range(roots, name.replace("\\", "/"), first, size)
+    stem, end = os.path.splitext(name)
+    others = {unquote(name), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))}
+    others |= set() if is_url(roots[0]) else {stem + end.lower(), stem + end.upper()}
+    for other in sorted(others - {name}):
+        with suppress(RejectedError):
+            return _load_range(roots, other, first, size)
+    raise _with_hint(missing)
+
+
+def _with_hint(missing: RejectedError) -> RejectedError:
+    """The same with a file that has the same name but for its end (OCR-VQA's .gif), if any.
+
+    It may be another picture, such as a mask: it is not read.
+    """
+    stem, end = os.path.splitext(missing.detail)
+    if is_url(missing.detail) or not end:
+        return missing
+    others = [f"{stem}.{other}" for other in PICTURES[:5] if f".{other}" != end.lower()]
+    beside = next((other for other in others if os.path.isfile(other)), None)
+    if beside is None:
+        return missing
+    detail = f"{missing.detail} has another end there, {os.path.basename(beside)}; rename one"
+    return RejectedError(MISSING, detail)
+
+
+def _load_range(roots: Sequence[str], name: str, first: int, size: int) -> Picture:
+    try:
+        path = inside(roots, name, "")
+    except ValueError as error:
+        raise RejectedError("picture outside the folder", str(error).removeprefix(": ")) from None
+    try:
+        return Picture(path, first, read_range(path, first, size))
+    except OSError as error:
+        absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        # A failing disk or connection is no missing picture.
+        if not isinstance(error, absent) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise RejectedError(MISSING, not_there(path, error.errno)) from None
+
+
+def load_shown(shown: str | bytes, roots: Sequence[str]) -> Picture:
+    """A picture by its name, or of bytes that no range of a file holds as they are."""
+    return load_picture(roots, shown) if isinstance(shown, str) else held_picture(shown)
+
+
+def held_picture(data: bytes, what: str = "") -> Picture:
+    """A picture of bytes that no range of a file holds as they are; `what` they are, for errors."""
+    if len(data) > LARGEST_BYTES:
+        raise RejectedError(PICTURE_TOO_LARGE, what or f"over {LARGEST_BYTES:,} bytes")
+    if not data:
+        raise RejectedError(ZERO_BYTES, what)
+    return Picture("", 0, data)
+
+
+def picture_in(value: object) -> str | bytes | None:
+    """The picture in a value: its name, its bytes, base64 of them, or an object that holds one.
+
+    Base64 stands in a data: URL or alone; an object is {bytes, path}, {url}, {base64} or {source}.
+    None: there is none. Raises RejectedError for base64 that is damaged.
+    """
+    if isinstance(value, dict):
+        value = _held_in(value)
+    if not isinstance(value, str):
+        return value if isinstance(value, bytes) else None
+    if (repr_of := _BYTES.fullmatch(value)) is not None:
+        value = repr_of[1]
+    alone = value.startswith(_BASE64) and len(value) >= _BASE64_CHARACTERS
+    if not alone and value[:5].lower() != "data:":
+        return value
+    head, comma, data = (";base64", ",", value) if alone else value.partition(",")
+    data = "".join(data.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        if comma and head.lower().endswith(";base64"):
+            # Some leave the filling at its end out.
+            return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+    except binascii.Error:
+        pass
+    raise RejectedError(
+        NO_PICTURE, "its base64 is damaged" if alone else "its data: URL is no base64"
+    )
+
+
+def _held_in(value: dict[str, Any]) -> object:
+    value = value["source"] if isinstance(value.get("source"), dict) else value
+    held = next((value[x] for x in ("bytes", "base64", "data") if value.get(x) is not None), None)
+    if isinstance(held, bytes):
+        return held
+    if isinstance(held, str) and held:
+        return held if held.startswith("data:") else f"data:;base64,{held}"
+    return next((value[x] for x in ("path", "url") if value.get(x)), None)
+
+
+def not_there(path: str, number: int | None = None) -> str:
+    """A file that cannot be opened, and why where that is known; `number` is the error's."""
+    if number == errno.ENAMETOOLONG:
+        return f"{path[:200]}... has {len(path):,} characters, too many for a file's name"
+    if number == errno.ELOOP:
+        return f"{path} has links that go round in a circle"
+    if not is_url(path) and os.path.islink(path):
+        return f"{path} has no file behind it: it links to {os.readlink(path)}"
+    return path
+
 
 # Hidden, so that it is no file of any source.
 INDEX = ".pictures-by-url.sqlite"
@@ -37,6 +197,7 @@ _LOOK_UP = """
     SELECT name || file, first, size FROM pictures JOIN places ON place = number
     WHERE url = ? ORDER BY pictures.rowid LIMIT 1
 """
+_DAMAGED = "SELECT problem FROM damaged LIMIT 1"
 
 
 def index_urls(folder: str) -> None:
@@ -97,56 +258,51 @@ class PicturesByUrl:
             name = f"file:{quote(str(self.file))}?mode=ro&immutable=1"
             self._index = sqlite3.connect(name, uri=True)
 
-    def load(self, url: str, where: str) -> Picture | Reject:
-        """The picture that was fetched from `url`, as it lies in its tar, or why there is none.
+    def load(self, url: str, where: str) -> Picture:
+        """The picture that was fetched from `url`, as it lies in its tar.
 
-        Raises ValueError where it may be in a tar that is compressed or damaged.
+        Raises RejectedError where there is none, and ValueError that names `where` if it may
+        be in a tar that is compressed or damaged.
         """
-        if self._index is None and self.folder and not is_url(self.folder):
-            # The index is named first: it is there once something has been fetched.
-            return Reject(where, "missing picture", f"{self.file} has no {url}; fetch it")
-        if self._index is None:
+        if self._index is None and (not self.folder or is_url(self.folder)):
             remedy = "name the folder that img2dataset fetched it into with --images"
-            return Reject(where, "missing picture", f"--images has no {url}; {remedy}")
-        row = self._index.execute(_LOOK_UP, (_key(url),))
-        found = row.fetchone()
+            raise RejectedError(MISSING, f"--images has no {url}; {remedy}")
+        found = None
+        # The index is named first below: it is there once something has been fetched.
+        if self._index is not None:
+            found = self._index.execute(_LOOK_UP, (_key(url),)).fetchone()
         if found is None:
-            for (problem,) in self._index.execute("SELECT problem FROM damaged LIMIT 1"):
+            for (problem,) in self._index.execute(_DAMAGED) if self._index else ():
                 raise ValueError(f"{where}: {url} may be in a damaged tar: {problem}")
-            return Reject(where, "missing picture", f"{self.file} has no {url}; fetch it")
+            raise RejectedError(MISSING, f"{self.file} has no {url}; fetch it")
         name, first, size = found
-        if name.endswith(PARQUET):
-            return self._in_row(join(self.folder, name, where), first, where)
-        if not 0 < size <= LARGEST_BYTES:
-            reason = "picture too large" if size else "zero-byte picture"
-            return Reject(where, reason, f"{self.file} has {size:,} bytes of {url}, in {name}")
         path = join(self.folder, name, where)
+        if name.endswith(PARQUET):
+            return self._in_row(path, first)
+        if not 0 < size <= LARGEST_BYTES:
+            reason = PICTURE_TOO_LARGE if size else ZERO_BYTES
+            raise RejectedError(reason, f"{self.file} has {size:,} bytes of {url}, in {name}")
         data = read_range(path, first, size)
         if len(data) != size:
             raise ValueError(f"{path} is shorter than when it was indexed; fetch it again")
         return Picture(path, first, data)
 
-    def _in_row(self, path: str, row: int, where: str) -> Picture | Reject:
+    def _in_row(self, path: str, row: int) -> Picture:
         """The picture in a row of a table, whose group of rows stays in memory for the next."""
         file, first, held = self._group
         if file != path or not first <= row < first + len(held):
             with ParquetFile(path) as table:
-                first, number = 0, 0
-                while number < table.num_row_groups:
-                    rows = table.metadata.row_group(number).num_rows
-                    if row < first + rows:
-                        break
-                    first, number = first + rows, number + 1
-                else:
+                sizes = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
+                ends = list(accumulate(sizes))
+                if row >= sum(sizes):
                     raise ValueError(f"{path} is shorter than when it was indexed; fetch it again")
+                number = bisect_right(ends, row)
                 column = _picture_column(path)
                 held = table.read_row_group(number, columns=[column]).column(0).to_pylist()
+            first = ends[number] - sizes[number]
             self._group = (path, first, held)
-        data = held[row - first]
-        if not data or len(data) > LARGEST_BYTES:
-            reason = "picture too large" if data else "zero-byte picture"
-            return Reject(where, reason, f"row {row} of {path} has {len(data or b''):,} bytes")
-        return Picture("", 0, data)
+        data = held[row - first] or b""
+        return held_picture(data, f"row {row} of {path} has {len(data):,} bytes")
 
     def close(self) -> None:
         """Let go of the index."""
@@ -169,7 +325,7 @@ def _noted(place: Path) -> list[tuple[int, str, str]]:
         return []
     try:
         with closing(sqlite3.connect(f"file:{quote(str(place))}?mode=ro", uri=True)) as index:
-            index.execute("SELECT problem FROM damaged LIMIT 1")
+            index.execute(_DAMAGED)
             return list(index.execute("SELECT number, name, stamp FROM places ORDER BY number"))
     except sqlite3.DatabaseError:
         return []
@@ -214,7 +370,7 @@ def _beside(folder: str) -> Iterator[tuple[str, str, int, int]]:
     pictures = {os.path.splitext(name)[0]: name for name in sorted(files) if is_picture(name)}
     for stem, name in pictures.items():
         if f"{stem}.json" in files:
-            url = _url_in(Path(folder, f"{stem}.json").read_bytes(), folder)
+            url = _url_in(Path(folder, f"{stem}.json").read_bytes())
             if url is not None:
                 yield url, name, 0, files[name]
 
@@ -255,7 +411,7 @@ def _in_tar(path: str) -> Iterator[tuple[str, str, int, int]]:
                 key, url, picture = own, None, None
             if info.isreg() and info.name.endswith(".json"):
                 stream.seek(info.offset_data)
-                url = _url_in(stream.read(min(info.size, LARGEST_BYTES)), path)
+                url = _url_in(stream.read(min(info.size, LARGEST_BYTES)))
             elif info.isreg() and is_picture(info.name):
                 picture = (info.offset_data, info.size)
             if url is not None and picture is not None:
@@ -263,7 +419,7 @@ def _in_tar(path: str) -> Iterator[tuple[str, str, int, int]]:
                 url, picture = None, None
 
 
-def _url_in(data: bytes, where: str) -> str | None:
-    found = json_object(data, where)
-    url = None if isinstance(found, Reject) else found.get("url")
+def _url_in(data: bytes) -> str | None:
+    found = or_reject("", json_object, data)
+    url = found.get("url") if isinstance(found, dict) else None
     return url if isinstance(url, str) else None
