@@ -51,6 +51,7 @@ PAIRED: list[tuple[Record, Conversation]] = [
     ({"image_url": "http://a", "question": "Q?", "answer": "R."}, asked("Q?", "http://a")),
     ({"label": False, "question": "Q?", "answer": "R."}, asked("Q?")),
     ({"question": "Q?", "answer": 3}, Conversation((Turn("Q?", "3"),))),
+    (talk(ask("Q?"), reply(3.5)), Conversation((Turn("Q?", "3.5"),))),
     ({"image": "a", "prefix": "Q?", "suffix": "R."}, asked("Q?", "a")),
     ({"prompt": "Q?", "completion": "R.", "system": "S."}, SYSTEM),
     ({"prompt": [{"role": "system", "content": "S."}, ask("Q?")], "completion": "R."}, SYSTEM),
@@ -82,6 +83,7 @@ SHOWN: list[tuple[Record, Conversation]] = [
     # Nothing marks them: before the first question.
     (talk(ask("Q?"), reply("R."), **AB), asked("Q?", "a", "b")),
     (talk(ask("Q?"), reply("R."), image_path="a"), asked("Q?", "a")),
+    (talk(ask("Q?"), reply("R."), image="a", images=["a"]), asked("Q?", "a")),
     # Beside the text of a turn: at its marks, else before it.
     (talk(ask("Q?", images=["a"]), reply("R."), ask("And?", image="b"), reply("R.")), BOTH),
     (talk(*({"images": [n], "user": q, "assistant": "R."} for n, q in ("aQ", "bA"))), LETTERS),
@@ -199,7 +201,12 @@ def test_pictures_are_found_where_other_programs_name_and_mark_them(
         (talk(ask("Q?"), {"role": "oracle", "content": "R."}), "unknown role"),
         ({"image": "a", "question": "Q?", "answer": ["R.", "r"]}, "more than one reply"),
         ({"image": "a", "question": "Q?", "answers": ["R."]}, "no conversation"),
-        ({"question": "Q?", "answer": 3.0}, "no conversation"),
+        (talk([ask("Q?"), reply("R.")], [ask("Q?"), reply("R.")]), "several conversations"),
+        ({"instruction": ["Q?", "Q?"], "output": ["R."]}, "several conversations"),
+        (talk(ask("<IMG_CONTEXT>Q?"), reply("R."), image="a"), "picture without <image>"),
+        (talk(ask("< image >Q?"), reply("R."), image="a"), "picture without <image>"),
+        (talk(ask("<im_start><image><im_end>"), reply("R.")), "marks and pictures disagree"),
+        (talk(ask("<image></image>Q?"), reply("R."), image="a"), "marks and pictures disagree"),
         # What would be learnt as text alone.
         (talk(ask("Q?"), reply("R."), photo="1"), "picture under another key"),
         (talk(ask("Q?"), reply("R."), Image="a.jpg"), "picture under another key"),

@@ -1,6 +1,7 @@
 """Captions in tar archives: img2dataset's and DataCompDR's samples, whole or left out with why."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -160,6 +161,17 @@ def test_pictures_that_only_end_like_one_are_named(tmp_path: Path) -> None:
     assert outcome(found) == ["- picture with a further dot in its name"] * 3
 
 
+@pytest.mark.parametrize(("key", "caption"), [("txt", "x, y"), ("caption", "An x.")])
+def test_of_two_captions_beside_a_picture_one_is_named(
+    tmp_path: Path, key: str, caption: str
+) -> None:
+    members = {"b.png": picture(0), "b.txt": b"x, y", "b.caption": b"An x."}
+    path = write_tar(tmp_path / "a.tar", members)
+    assert outcome(read(path, replace(OPTIONS, text_key=key))) == [caption]
+    same = write_tar(tmp_path / "b.tar", members | {"b.caption": b"x, y\n"})
+    assert outcome(read(same)) == ["x, y"]
+
+
 BAD_SAMPLES: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "partner missing": ([("b.txt", b"x")], "no picture"),
     "json alone": ([("b.json", b"{}")], "no picture"),
@@ -170,6 +182,8 @@ BAD_SAMPLES: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "null": ([("b.jpg", b"x"), ("b.json", b'{"caption": null}')], "no caption"),
     "empty": ([("b.jpg", b"x"), ("b.txt", b"")], "empty caption"),
     "white": ([("b.jpg", b"x"), ("b.txt", b" \n\t")], "empty caption"),
+    "absent": ([("b.jpg", b"x"), ("b.txt", b"nan")], "empty caption"),
+    "two": ([("b.jpg", b"x"), ("b.txt", b"x, y"), ("b.caption", b"An x.")], "two captions"),
     "latin": ([("b.jpg", b"x"), ("b.txt", b"caf\xe9")], "caption not UTF-8"),
     "latin json": ([("b.jpg", b"x"), ("b.json", b'{"caption": "\xe9"}')], "caption not UTF-8"),
     "half": ([("b.jpg", b"x"), ("b.json", b'{"caption": "\\ud800"}')], "caption not Unicode"),

@@ -324,6 +324,18 @@ def test_small_plain_texts_share_a_unit_and_all_that_are_damaged_are_told(
         list(module.read_text(unit, OPTIONS))
 
 
+@pytest.mark.parametrize("texts", [["a", "b"], {"0": "a", "1": "b"}])
+def test_a_file_of_columns_is_refused(put: Put, texts: Any) -> None:
+    path = put("a.json", json.dumps({"id": [1, 2], "text": texts}).encode())
+    with pytest.raises(ValueError, match=r"a\.json is one object with 2 texts under 'text'"):
+        read(path)
+
+
+def test_zeros_at_a_files_end_are_no_other_unicode(put: Put) -> None:
+    path = put("a.jsonl", b'{"text": "a"}\n' + b"\0" * 90)
+    assert [getattr(one, "text", one.where) for one in read(path)] == ["a", f"{path}, line 2"]
+
+
 def test_a_record_of_records_says_which_list_is_meant(put: Put) -> None:
     record = {"type": "text_only", "tags": ["x"], "instances": [{"text": "a"}]}
     (found,) = read(put("a.json", as_lines([record])))

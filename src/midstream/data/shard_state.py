@@ -284,6 +284,7 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         "it stands under text or caption; take the pictures without one out",
     ),
     "no synthetic caption": ("leave --require out", ""),
+    "two captions": ("say which with --text-key (txt or caption)", "take one of them out"),
     "too many tokens": ("raise --max-tokens", ""),
 } | {
     reason: (remedy, remedy)
@@ -297,12 +298,12 @@ _REMEDIES: dict[str, tuple[str, str]] = {
         "more than one reply": "keep the one to be learnt",
         "options beside a question": "write them into its text, and take their key out",
         "preference pair": "keep the reply to be learnt as the last turn, and take the other out",
-        "reply judged bad": "take these records out",
+        **dict.fromkeys(("reply judged bad", "empty caption"), "take these records out"),
+        "several conversations": "write a record for each",
         "weight other than 0 and 1": "give replies a weight of 0 or 1, or none",
         "video or sound": "only texts and pictures are read; take these records out",
         "not a picture name": "give a name, base64 or {bytes, path}",
         "picture under another key": "call it image, or images for a list; or take it out",
-        "empty caption": "take these records out",
         NOT_FETCHED: "img2dataset has not got these pictures; fetch them again",
         "zero-byte picture": "fetch them again, or take them out",
         "more than one picture": "a record shows one; take the others out",

@@ -353,7 +353,7 @@ def count_annotations(path: str, options: ReadOptions) -> int:
     if not count or next(_items(path, "images"), None) is None:
         raise ValueError(
             f"{path} lacks entries in the lists images and annotations; give COCO's "
-            "captions_*.json, or write the list that is inside an object alone: [{image, caption}]"
+            "captions_*.json, or write what is inside an object as a list: [{image, caption}, ...]"
         )
     return count
 

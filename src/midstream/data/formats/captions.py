@@ -34,8 +34,10 @@ _LIST = re.compile(
     rf"|\(\s*{_TEXT}\s*+,(?:\s*+{_TEXT}\s*+,)*+(?:\s*+{_TEXT})?+\s*+\))\s*",
     re.DOTALL,
 )
+# How Python and pandas write what is not there.
+_NOTHING = ("", "nan", "NaN", "None")
 # A sample that says nothing of a caption, as against one whose caption is no text.
-ABSENT = "no caption"
+ABSENT, TWO_CAPTIONS = "no caption", "two captions"
 NOT_UTF8, NOT_UNICODE = "caption not UTF-8", "caption not Unicode"
 # What img2dataset says it did not get. These are told, and not held against the limit of rejects.
 NOT_FETCHED = "not fetched"
@@ -140,8 +142,8 @@ def caption_of(value: object, reason: str = NOT_UNICODE) -> str:
     caption = value.strip()
     if problem := unicode_problem(caption):
         raise RejectedError(reason, problem)
-    if not caption:
-        raise RejectedError("empty caption")
+    if caption in _NOTHING:
+        raise RejectedError("empty caption", f"it is {caption!r}" if caption else "")
     return caption
 
 
@@ -190,8 +192,14 @@ def original_captions(sample: Sample, options: ReadOptions) -> list[tuple[str, s
     `text_key` in .json comes before .txt only where a user names it.
     """
     members, where = sample.members, sample.where
-    text = next((members[end] for end in TEXTS if end in members), None)
-    if text is not None and options.text_key == "text":
+    texts = [end for end in TEXTS if end in members]
+    if texts and options.text_key in ("text", *texts):
+        text = members[options.text_key if options.text_key in texts else texts[0]]
+        if any(members[end].data.strip() != text.data.strip() for end in texts) and (
+            options.text_key == "text"
+        ):
+            detail = f"its .{' and its .'.join(texts)} differ; say which is meant (--text-key)"
+            return [(where, Reject(where, TWO_CAPTIONS, detail))]
         return [(where, or_reject(where, caption_of, text.data))]
     if "json" not in members:
         return [(where, without(sample, ABSENT))]

@@ -41,6 +41,7 @@ from midstream.data.formats.said import (
     OUTSIDE,
     PAIRS,
     PICTURE_KEYS,
+    SEVERAL,
     VIDEO_KEYS,
     Said,
     in_places,
@@ -313,8 +314,13 @@ def _listed(record: dict[str, Any]) -> object:
             dict(zip(found, values, strict=False)) for values in zip(*found.values(), strict=False)
         ]
     if isinstance(found, list):
-        # VisionArena has a list for each turn.
-        return [one for x in found for one in (x if isinstance(x, list) else [x])]
+        # VisionArena has a list for each turn; two lists of several are two conversations, and so
+        # are the columns of a file of many records.
+        inner = [x if isinstance(x, list) else [x] for x in found]
+        if len(inner) > 1 and any(len(x) > 1 for x in inner):
+            detail = f"{len(inner)} lists of turns in one record; write a record for each"
+            raise RejectedError(SEVERAL, detail)
+        return [one for x in inner for one in x]
     return found or _alone(record)
 
 

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -238,8 +238,24 @@ def _format(path: str) -> str:
 
 def _read_jsonl(unit: Unit, options: ReadOptions) -> Iterator[Item]:
     path = unit.files[0]
-    for where, data in entries_of(path, listed=holds_list(path)):
+    entries = entries_of(path, listed=holds_list(path))
+    first = list(islice(entries, 2))
+    if len(first) == 1:
+        _refuse_columns(path, first[0][1], options.text_key)
+    for where, data in chain(first, entries):
         yield or_reject(where, _text_in, where, data, options.text_key)
+
+
+def _refuse_columns(path: str, data: bytes, key: str) -> None:
+    """Raises ValueError for a file that is one object of columns, or of a list of records."""
+    found = or_reject(path, json_object, data)
+    texts = None if isinstance(found, Reject) else _inside(found, _parts(found, key))
+    held = list(texts.values()) if isinstance(texts, dict) else texts
+    if isinstance(held, list) and len(held) > 1 and all(isinstance(x, str) for x in held):
+        raise ValueError(
+            f"{path} is one object with {len(held):,} texts under {key!r}; write a record a line "
+            '(pandas: to_json(orient="records", lines=True))'
+        )
 
 
 def _text_in(where: str, data: bytes, key: str) -> TextRecord:

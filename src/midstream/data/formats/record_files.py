@@ -92,7 +92,7 @@ def unicode_problem(text: str) -> str:
 
 def is_wide(data: bytes) -> bool:
     """Whether a text is UTF-16 or UTF-32, by its mark or by zeros in most of its characters."""
-    head = data[: 2**10]
+    head = data[: 2**10].rstrip(b"\0")  # a crash leaves zeros at a file's end
     return head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")) or (
         3 * head.count(0) > len(head) > 3
     )
@@ -178,8 +178,8 @@ def list_entries(path: str) -> Iterator[bytes]:
         if not text.startswith(b"["):
             raise ValueError(
                 f"{path} begins with {text[:20]!r}, not with a list of records; name the files "
-                "that hold records (.jsonl for one record a line), or write the list that is "
-                "inside an object alone"
+                "that hold records (.jsonl for one record a line), or write a list of records, "
+                "each with its picture or id: what is inside an object, columns or a record by key"
             )
         # `start` is where the entry begins, `position` how far it is known.
         depth, start, position, count = 1, 1, 1, 0

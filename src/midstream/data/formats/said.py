@@ -57,7 +57,7 @@ TOOL_TURN, RATED_LOW = "tool turn", "rated too low"
 MISSING = {_TOOL: TOOL_TURN, RATED_LOW: RATED_LOW}
 # Why a conversation is.
 NO_TALK, NO_NAME, VIDEO = "no conversation", "not a picture name", "video or sound"
-ASKED_ASIDE = "options beside a question"
+ASKED_ASIDE, SEVERAL = "options beside a question", "several conversations"
 MARKS_DIFFER, NO_PICTURE = "marks and pictures disagree", f"{IMAGE_MARK} without a picture"
 NO_MARK, OUTSIDE = f"picture without {IMAGE_MARK}", "picture outside a question"
 # Qwen-VL's marks hold the name of their picture.
@@ -75,7 +75,12 @@ _OTHER_MARKS = re.compile(
 _NO_CHANCE = re.compile(
     r"<\|(?:vision_start|image_pad|image(?:_?\d+)?)\|>|<image_placeholder>|<ImageHere>"
 )
-_LIKE_MARKS = re.compile(r"(?i)<\|?(?:image|picture)[^<>\n]{0,3}>|<img></img>")
+_LIKE_MARKS = re.compile(
+    r"(?i)< ?\|?(?:image|picture)[^<>\n]{0,3}>|<img></img>|<img>(?![^<]*</)|<img_context>"
+    r"|</image>|<im_start>|<im_patch>|<image_soft_token>|<__media__>"
+)
+# What a program put around its marks, or in their place.
+_AROUND = re.compile(r"<im_(?:start|end|patch)>|</image>|<IMG_CONTEXT>|<image_soft_token>")
 _NUMBERED = re.compile(r"<image_?\d{1,6}>")
 # Where a part has its picture.
 _SHOWN = (
@@ -123,7 +128,7 @@ def said_of(turn: object, number: int, *, is_rated_low: bool = False) -> Iterato
                 raise RejectedError(ASKED_ASIDE, f"{at} has {aside[0]!r}")
             system = text_of("system", turn.get("system"), at)
             yield from [system] if system.text else []
-            yield _showing(text_of("human", _question(turn, pair), at), own)
+            yield _showing(text_of("human", _question(turn, pair, at), at), own)
             yield Said(RATED_LOW) if is_rated_low else _reply(turn, pair[1], at)
             return
     who, content = _role_and_content(turn, at)
@@ -137,8 +142,11 @@ def said_of(turn: object, number: int, *, is_rated_low: bool = False) -> Iterato
     yield replace(said, learnt=False) if unlearnt else said
 
 
-def _question(turn: Mapping[str, Any], pair: tuple[str, str]) -> object:
+def _question(turn: Mapping[str, Any], pair: tuple[str, str], at: str) -> object:
     asked = turn[pair[0]]
+    if isinstance(asked, list) and len(asked) > 1 and all(isinstance(x, str) for x in asked):
+        detail = f"{at} has {len(asked)} questions under {pair[0]!r}; write a record for each"
+        raise RejectedError(SEVERAL, detail)
     behind = [turn.get(key) for key in BEHIND if key not in pair]
     texts = [x for x in (asked, *behind) if isinstance(x, str) and x.strip()]
     return "\n".join(texts) if isinstance(asked, str) else asked
@@ -149,8 +157,6 @@ def _reply(turn: Mapping[str, Any], key: str, at: str) -> Said:
     if isinstance(reply, list) and len(reply) > 1 and all(isinstance(x, str) for x in reply):
         detail = f"{at} has {len(reply)} replies under {key!r}; keep one"
         raise RejectedError("more than one reply", detail)
-    # Answers that count.
-    reply = str(reply) if type(reply) is int else reply
     return replace(text_of("gpt", reply, at), learnt=_is_learnt(turn, at))
 
 
@@ -195,8 +201,9 @@ def _role_and_content(turn: object, at: str) -> tuple[str, object]:
     return (_TOOL, None) if calls else (who, content)
 
 
-def text_of(role: str, content: object, place: str) -> Said:
+def text_of(role: str, content: Any, place: str) -> Said:
     """The text of a turn, with the image mark where a part shows a picture, and those pictures."""
+    content = str(content) if type(content) in (int, float) and content == content else content
     if is_absent(content) or isinstance(content, str):
         pieces = _NAMED.split(content if isinstance(content, str) else "")
         shown: list[str | bytes | int | None] = []
@@ -254,15 +261,22 @@ def pictures_under(values: Mapping[str, Any], place: str = "") -> list[str | byt
             raise RejectedError(VIDEO, f"under {other!r}{place}")
     have = [key for key in PICTURE_KEYS if not _says_nothing(key, values.get(key))]
     keys = [key for key in have if key in _IMAGES] or have[:1]
+    if len(keys) > 1 and _as_list(values[keys[0]]) == _as_list(values[keys[1]]):
+        keys = keys[:1]  # the same ones under both
     found: list[str | bytes] = []
     for key in keys:
         value = unquoted(values[key])
         if isinstance(value, dict) and all(map(_NUMBERED.fullmatch, value)):
             # MiniCPM-V's: a name for each mark.
             value = [value[mark] for mark in sorted(value, key=lambda x: int(x.strip("<image_>")))]
-        held = value if isinstance(value, list) else [value]
-        found += [_picture(x, f"under {key!r}{place}") for x in held if not _is_none(x)]
+        held = [x for x in _as_list(value) if not _is_none(x)]
+        found += [_picture(x, f"under {key!r}{place}") for x in held]
     return found
+
+
+def _as_list(value: object) -> list[Any]:
+    value = unquoted(value)
+    return value if isinstance(value, list) else [value]
 
 
 def _says_nothing(key: str, value: object) -> bool:
@@ -301,7 +315,11 @@ def marked(said: Sequence[Said], num_pictures: int) -> list[Said]:
     """
     asked = [n for n, one in enumerate(said) if one.role == "human"]
     questions = "\n".join(said[n].text for n in asked)
-    if any(one.shown for one in said) or not asked:
+    if any(one.shown for one in said):
+        if (mark := _AROUND.search(questions)) is not None:
+            raise RejectedError(MARKS_DIFFER, f"{mark[0]!r} stands beside {IMAGE_MARK}")
+        return list(said)
+    if not asked:
         return list(said)
     if not num_pictures:
         if (mark := _NO_CHANCE.search(questions)) is not None:
