@@ -252,13 +252,6 @@ def test_a_picture_that_most_examples_share_leaves_no_blind_score() -> None:
         other_pictures(VisualTask("some", VISUAL_FORMATS["gqa"], 0.0, examples, len(examples)))
 
 
-def test_a_short_prompt_is_the_question_alone() -> None:
-    for name in ("vqav2", "gqa", "textvqa", "pope"):
-        assert VISUAL_FORMATS[name].prompt("Is the {odd} mug there?", "short") == (
-            "Is the {odd} mug there?"
-        )
-
-
 def test_chance_levels_are_those_of_the_paper() -> None:
     chances = {name: row.chance for name, row in VISUAL_FORMATS.items()}
     averaged = {task for name, own in SUITES.items() if "vision" in name for task in own}

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import tiny
-from answerers import chosen, written
+from answerers import about, chosen, written
 from midstream.config import VLMConfig
 from midstream.data.examples import TextCodec, Turn, conversation_example, question_ids
 from midstream.data.images import Encode, decode_pixels, encode_fixed
@@ -14,7 +14,7 @@ from midstream.data.prepare import open_codec
 from midstream.eval import predict
 from midstream.eval.benchmark_records import Shot, Shown
 from midstream.eval.predict import ModelAnswerer
-from midstream.eval.tasks import Answerer
+from midstream.eval.tasks import Answerer, Ask
 from midstream.model.generate import choice_logprobs, generate
 from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vlm import VLM
@@ -100,7 +100,12 @@ def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> li
         features = answerer.encode(torch.from_numpy(pixels)[None])
     stops = frozenset({answerer.codec.separator, answerer.codec.end_of_text})
     how = {"max_new_tokens": MAX_NEW_TOKENS, "stop_ids": stops, "batch_size": 4}
-    (new,) = generate(answerer.model, [ids], features, **how)  # type: ignore[arg-type]
+    (new,) = generate(
+        answerer.model,
+        [ids if picture is None else about(ids, 0)],
+        features,
+        **how,  # type: ignore[arg-type]
+    )
     return new
 
 
@@ -275,7 +280,7 @@ def test_shots_in_a_document_stand_as_pages_have_them(
 ) -> None:
     one, two = pictures[:2]
     shown = Shown((one,), (Shot("Which?", "both", (two, one)),), document=True)
-    prompt = answerer._prompt("What is it?", shown, {one: 0, two: 1})
+    prompt = answerer._prompt(Ask("What is it?", shown), {one: 0, two: 1})
     assert prompt.head == Part()
     texts = ["In: Which?\nOut:", " both\n", "In: What is it?\nOut:"]
     first, reply, last = map(codec.encode, texts)
@@ -321,11 +326,14 @@ def test_several_pictures_and_shots_stand_as_in_fine_tuning(
     numbers = {path: number for number, path in enumerate(pictures)}
     # Shots that no other question has are read with it.
     heads = [
-        answerer._prompt(*pair, numbers).head.ids != () for pair in zip(asked, shown, strict=True)
+        answerer._prompt(Ask(*pair), numbers).head.ids != ()
+        for pair in zip(asked, shown, strict=True)
     ]
     assert heads[1:3] == [True, False]
     firsts = chosen(answerer, asked, shown, choices)
-    golds = answerer.reply(asked, shown, [()] * 4, ["no it is"] * 4, [False] * 4)
+    golds = answerer.reply(
+        [Ask(*pair, (), "no it is", False) for pair in zip(asked, shown, strict=True)]
+    )
     for row, (likely, reply) in enumerate(zip(firsts, golds, strict=True)):
         assert reply.gold == pytest.approx(expected[row][1], abs=1e-4)
         assert len(likely) == 2

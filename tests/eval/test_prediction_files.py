@@ -252,14 +252,6 @@ def test_a_record_without_an_answer_is_told_the_nearest_layout(
         read_predictions(lines_of(tmp_path / "p.jsonl", [record] * 2))
 
 
-def test_an_object_of_records_by_id_is_read(tmp_path: Path) -> None:
-    record = {"question": "Is it?", "model_output": "red", "ground_truth_answer": "blue"}
-    path = tmp_path / "full-results.json"
-    path.write_text(json.dumps({"1000": record}))
-    (one,) = read_predictions(path)
-    assert (one.name, one.answer, one.question) == ("1000", "red", "Is it?")
-
-
 @pytest.mark.parametrize("spelt", ["['two dogs']", '["two dogs"]', "[ 'two dogs ']"])
 def test_lists_of_one_text_that_a_table_spells_are_that_text_where_all_are(
     tmp_path: Path, spelt: str

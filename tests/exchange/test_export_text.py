@@ -128,7 +128,7 @@ def test_the_stock_model_of_lm_evaluation_harness_gives_midstreams_likelihoods(
     answered = run_fresh(HARNESS, {**request, "texts": texts}, tmp_path)
     found, accuracy, rolling, goes_on = answered
     assert answerer.loglikelihood_rolling(texts) == pytest.approx(rolling, abs=1e-4)
-    ours_on = answerer.generate_until(texts, [[" b", "\n"]] * len(texts), [6] * len(texts))
+    ours_on = answerer.generate_until([(text, [" b", "\n"], 6) for text in texts])
     assert ours_on == goes_on
     assert len(set(goes_on)) > 1
     expected = answerer.loglikelihood(PAIRS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from midstream.config import Attention, DecoderConfig
+from midstream.config import Attention
 from midstream.config.model import MASK_BLOCK
 from midstream.core.batch import PADDING
 from midstream.cost.taken import block_mask_bytes
@@ -26,12 +26,9 @@ from midstream.model.attention import (
     move_mask,
     pictures_of,
 )
-from midstream.model.decoder import Decoder
-from midstream.model.weights import initialise
 
 KINDS: tuple[Attention, ...] = get_args(Attention)
 OF_PICTURES: tuple[Attention, ...] = ("pictures", "latest")
-TINY = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=50)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 without_flex_warning = pytest.mark.filterwarnings("ignore:flex_attention called without")
 with_gpu = pytest.mark.skipif(
@@ -510,42 +507,3 @@ def test_no_mask_and_the_rule_agree_at_every_held_position(kind: Attention) -> N
 
 
 # -------------------------------------------------------------------------------- in a decoder
-
-
-def decoder_of() -> Decoder:
-    decoder = Decoder(TINY)
-    initialise(decoder, 0)
-    return decoder
-
-
-def ids_of(rows: int, length: int) -> Tensor:
-    return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def outputs(decoder: Decoder, input_ids: Tensor, mask: Mask) -> Tensor:
-    position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    found: Tensor = decoder(decoder.embed(input_ids), position_ids, mask)
-    return found
-
-
-@pytest.mark.parametrize("kind", ["causal", "segments", "prefix"])
-def test_a_changed_token_changes_exactly_the_positions_that_see_it(kind: Attention) -> None:
-    decoder, length, first = decoder_of(), 14, 5
-    segment_ids = torch.tensor([[0] * 9 + [PADDING] + [1] * 4])
-    prefix = torch.tensor([[True] * first + [False] * 4 + [True] * 2 + [False] * 3])
-    mask = mask_of(kind, segment_ids, prefix, dense=True)
-    before = outputs(decoder, ids_of(1, length), mask)
-    for changed in range(length):
-        other = ids_of(1, length)
-        other[0, changed] = (other[0, changed] + 1) % 50
-        differs = (outputs(decoder, other, mask) != before).any(dim=-1)[0].tolist()
-        segments, flags = segment_ids[0].tolist(), prefix[0].tolist()
-        assert differs == [
-            sees(kind, segments, flags, [NO_PICTURE] * length, t, changed) for t in range(length)
-        ]
-        # In words, for what training depends on: no position outside the prefix hears of what
-        # comes later, and inside it they all hear of each other under prefix attention alone.
-        assert not any(differs[t] for t in range(changed) if not flags[t])
-        if changed < first:
-            assert all(differs[:first]) == (kind == "prefix" or changed == 0)
