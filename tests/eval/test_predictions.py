@@ -305,33 +305,29 @@ def test_of_several_ids_that_counts_which_names_questions(gqa: Path) -> None:
     assert not any("their order" in note for note in row["notes"])
 
 
-def test_ids_that_differ_by_zeros_alone_are_each_their_own(tmp_path: Path) -> None:
-    folder = tmp_path / "coco_captions"
+def karpathy(folder: Path, told: dict[str, str]) -> Path:
+    """COCO's captions by the pictures' files, whose numbers are other names of theirs."""
     folder.mkdir()
     images = [
-        {"filename": name, "split": "test", "cocoid": name.removesuffix(".jpg")}
-        | {"sentences": [{"raw": f"A dog sees the {what}."}]}
-        for name, what in (("001.jpg", "moon"), ("1.jpg", "sun"))
+        {"filename": name, "split": "test", "sentences": [{"raw": f"A dog sees the {what}."}]}
+        | {"cocoid": int(name[-16:-4]) if "_" in name else name.removesuffix(".jpg")}
+        for name, what in told.items()
     ]
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
-    rows = [
-        {"id": "1", "answer": "a dog sees the sun"},
-        {"id": "001", "answer": "a dog sees the moon"},
-    ]
+    return folder
+
+
+def test_ids_that_differ_by_zeros_alone_are_each_their_own(tmp_path: Path) -> None:
+    folder = karpathy(tmp_path / "coco_captions", {"001.jpg": "moon", "1.jpg": "sun"})
+    rows = [{"id": i, "answer": f"a dog sees the {w}"} for i, w in (("1", "sun"), ("001", "moon"))]
     assert score(folder, rows)["score"] == score(folder, rows[::-1])["score"] > 1
 
 
 def test_zeros_before_an_id_and_a_pictures_number_name_the_same(tmp_path: Path) -> None:
-    folder = tmp_path / "coco_captions"
-    folder.mkdir()
-    images = [
-        {"filename": f"COCO_val2014_{i:012d}.jpg", "split": "test", "cocoid": i}
-        | {"sentences": [{"raw": f"A dog sees number {i}."}]}
-        for i in (42, 43)
-    ]
-    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    told = {f"COCO_val2014_{i:012d}.jpg": f"number {i}" for i in (42, 43)}
+    folder = karpathy(tmp_path / "coco_captions", told)
     rows: list[dict[str, Any]] = [
-        {"image_id": i, "caption": f"a dog sees number {i}"} for i in (43, 42)
+        {"image_id": i, "caption": f"a dog sees the number {i}"} for i in (43, 42)
     ]
     best = score(folder, rows)["score"]
     padded = [{"id": f"{row['image_id']:012d}", "answer": row["caption"]} for row in rows]
@@ -356,18 +352,19 @@ def test_boxes_of_the_padded_square_are_of_tasks_with_boxes(tallyqa: Path) -> No
         score(tallyqa, [{"id": 10, "answer": 0}], box_frame="square")
 
 
-def test_empty_answers_are_wrong_and_told(gqa: Path) -> None:
-    row = score(gqa, [{"id": 100 + i, "answer": text} for i, text in enumerate(("red", " ", ""))])
-    assert (row["score"], row["notes"]) == (pytest.approx(1 / 3), ["2 of 3 answers are empty"])
-
-
-def test_marks_of_a_chat_template_in_answers_are_told(gqa: Path) -> None:
-    rows = [{"id": 100 + i, "answer": t} for i, t in enumerate(("red</s>", "yes<|im_end|>", "x"))]
-    row = score(gqa, rows)
-    assert row["score"] == 0
-    assert any(
-        re.match(r"2 of 3 answers hold a chat template's marks", note) for note in row["notes"]
-    )
+@pytest.mark.parametrize(
+    ("said", "right", "told"),
+    [
+        (("red", " ", ""), 1, "2 of 3 answers are empty"),
+        (("red</s>", "yes<|im_end|>", "x"), 0, "2 of 3 answers hold a chat template's marks"),
+    ],
+)
+def test_empty_answers_and_those_with_a_templates_marks_are_wrong_and_told(
+    gqa: Path, said: tuple[str, ...], right: int, told: str
+) -> None:
+    row = score(gqa, [{"id": 100 + i, "answer": text} for i, text in enumerate(said)])
+    assert row["score"] == pytest.approx(right / 3)
+    assert [note for note in row["notes"] if note.startswith(told)] == row["notes"]
 
 
 @pytest.mark.parametrize("around", ["The answer is {}.", "USER: ? ASSISTANT: {}", "{}\n\nUSER: ?"])

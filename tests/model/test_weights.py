@@ -202,15 +202,6 @@ def test_a_missing_tensor_names_the_nearest_of_its_shape_first(tmp_path: Path) -
         check(decoder_of(0), tensors, path=tmp_path / "file")
 
 
-def test_a_module_on_the_meta_device_checks_names_shapes_and_dtypes(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        decoder = Decoder(CONFIG)
-    tensors = dict(decoder_of(0).state_dict())
-    check(decoder, tensors, path=tmp_path)
-    with pytest.raises(ValueError, match=r"norm\.weight is torch\.float32 \[17\]"):
-        check(decoder, tensors | {"norm.weight": torch.zeros(17)}, path=tmp_path)
-
-
 def in_shards(folder: Path, tensors: dict[str, Tensor], *, kind: str = "safetensors") -> Path:
     """Two shards and their index, as Hugging Face writes them; returns the index."""
     stem = "model" if kind == "safetensors" else "pytorch_model"

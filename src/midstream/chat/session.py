@@ -125,8 +125,6 @@ class Conversation:
     ) -> None:
         self.vlm, self.settings, self.max_positions = vlm, settings, max_positions
         self._features, num_images = features, 0 if features is None else len(features)
-        if num_images and vlm.config.encoder is None:
-            raise ValueError(f"{num_images} images were given to a model without an encoder")
         self._begin = Part(() if begin is None or not num_images else (begin,))
         # Before which tokens of the first turn the images stand.
         self._places = (0,) * num_images
@@ -158,16 +156,9 @@ class Conversation:
         one each; all stand before it without.
 
         The stop id is not kept either: a later turn begins with what ends a reply in training.
-        Leaving the iterator early keeps the reply so far.
-        Raises ValueError for an empty turn, or one that leaves no room for a reply.
+        Leaving the iterator early keeps the reply so far. A turn has a token at least, and leaves
+        room for another.
         """
-        if not ids:
-            raise ValueError("a turn is empty; start it with the end-of-text token")
-        if len(ids) >= self.room:
-            raise ValueError(
-                f"the turn has {len(ids)} tokens, the conversation has room for {self.room} of "
-                f"{self.max_positions}; start a new one"
-            )
         self.ids += ids
         self._places = self._places if places is None or self._cache is not None else places
         return self._tokens(max_new_tokens, stop_ids)
