@@ -1,13 +1,21 @@
 """Answerers whose answers are functions of the question, and text tasks asked at once."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import tiny
+from midstream.data.examples import TextCodec
+from midstream.data.images import Encode
 from midstream.eval.answers import KeptAnswers
+from midstream.eval.predict import ModelAnswerer
 from midstream.eval.tasks import Answerer, Ask, GoOn, Reply
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
 from midstream.model.read_prompts import Part, Prompt
+from midstream.model.vlm import VLM
+
+MAX_NEW_TOKENS = 6
 
 
 class Fake:
@@ -63,6 +71,19 @@ class Fake:
             text = self.say(context, None)[:limit]
             found.append(min([text, *(text.split(stop)[0] for stop in stops)], key=len))
         return found
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> Path:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def answering(model: VLM, codec: TextCodec, encode: Encode | None) -> ModelAnswerer:
+    """A model that sees by `tiny.ENCODER`, or not at all, as evaluations ask it."""
+    encoder = None if encode is None else tiny.ENCODER
+    sizes = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 4}
+    return ModelAnswerer(model, codec, encode=encode, encoder=encoder, **sizes)
 
 
 def about(ids: list[int], image: int, begin: int | None = None) -> Prompt:

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from test_readers import official
 import peer_checkpoints
 import tiny
 from answerers import Fake, ignore, kept
-from midstream.config import Evaluation, VLMConfig
+from midstream.config import Evaluation
 from midstream.core.stats import standard_error
 from midstream.data.examples import TextCodec, question_ids
-from midstream.data.images import decode_pixels, encode_fixed
-from midstream.data.prepare import open_codec
+from midstream.data.images import decode_pixels
 from midstream.eval.benchmark import evaluate
 from midstream.eval.continuous import Target, summary, target, text_outcomes, visual_outcomes
 from midstream.eval.find_task import other_pictures, read_visual_task
@@ -29,36 +27,12 @@ from midstream.eval.tasks import VISUAL_FORMATS, Ask, Reply, VisualExample
 from midstream.eval.text import TextAnswer
 from midstream.eval.transformers_answerer import TransformersAnswerer
 from midstream.model.read_prompts import Part, embed_parts
-from midstream.model.vlm import VLM
-from midstream.model.weights import initialise
 from midstream.study.results import OUTCOMES, EvaluationResult, TaskResult
 from midstream.study.store import Ledger
-from midstream.work.open_model import on_device, open_encoder
 
 QUESTIONS = ("What colour is the circle?", "Is there a star?", "Where?", "How many shapes?")
 CHOICES = (("red", "blue"), ("yes", "no"), (), ("on the left", "on the right", "on"))
 GOLDS = ("dark red", "no", "on the left of the blue square", None)
-
-
-@pytest.fixture(scope="module")
-def codec(tiny_ledger: Ledger) -> TextCodec:
-    return open_codec(tiny_ledger.folder(tiny.TOKENIZER))
-
-
-@pytest.fixture(scope="module")
-def answerer(tiny_ledger: Ledger, codec: TextCodec) -> ModelAnswerer:
-    encoder = on_device(open_encoder(tiny_ledger, tiny.ENCODER_STAGE).eval())
-    model = VLM(VLMConfig(decoder=tiny.DECODER, encoder=tiny.ENCODER))
-    initialise(model, 0)
-    encode = partial(encode_fixed, encoder, config=tiny.ENCODER)
-    sizes = {"max_new_tokens": 6, "batch_size": 3}
-    return ModelAnswerer(model, codec, encode=encode, encoder=tiny.ENCODER, **sizes)
-
-
-@pytest.fixture(scope="module")
-def pictures(tiny_ledger: Ledger) -> list[Path]:
-    folder = tiny_ledger.folder(tiny.WORLD) / "world" / "bench" / "vqav2" / "val2014"
-    return sorted(folder.glob("*.jpg"))[:4]
 
 
 def forward(answerer: ModelAnswerer, question: str, picture: Path | None, text: str) -> list[float]:

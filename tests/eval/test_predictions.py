@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from answerers import write_lines
 from midstream.eval.find_task import read_visual_task
 from midstream.eval.prediction_files import read_predictions
 from midstream.eval.predictions import score_predictions
@@ -36,14 +37,9 @@ def pope(tmp_path: Path) -> Path:
     return folder
 
 
-def lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def score(folder: Path, rows: list[Any], file: str = "answers.jsonl", **how: Any) -> dict[str, Any]:
     """The score of lines on the benchmark that a folder is called by."""
-    return score_predictions(folder, folder.name, lines(folder.parent / file, rows), **how)
+    return score_predictions(folder, folder.name, write_lines(folder.parent / file, rows), **how)
 
 
 def llava(split: str, said: str, first: int = 1) -> list[dict[str, Any]]:
@@ -413,7 +409,7 @@ def test_recognised_words_are_found_by_questions_in_another_case(tmp_path: Path)
     words = "{}\nReference OCR token: {}\nAnswer the question using a single word or phrase."
     listed = [("What brand?", "NOKIA"), ("What size?", "XL")]
     rows = [{"question_id": "a1", "text": words.format(*pair)} for pair in listed]
-    lines(folder / "textvqa_val_v051_ocr.jsonl", rows)
+    write_lines(folder / "textvqa_val_v051_ocr.jsonl", rows)
     examples = read_visual_task(folder, "textvqa_ocr", pictures=False, shuffled=False).examples
     assert [example.question.split(": ")[-1] for example in examples] == ["NOKIA", "NOKIA", "XL"]
     answers = [{"question_id": "a1", "prompt": q.lower(), "text": a} for q, a in asked]
@@ -474,9 +470,9 @@ def test_samples_of_lmms_eval_without_ids_come_in_their_documents_order(
         {"doc_id": i, "target": "gold", "resps": [[text]], "filtered_resps": [text]}
         for i, text in enumerate(said)
     ]
-    file = lines(tmp_path / "samples.jsonl", rows[::-1])
+    file = write_lines(tmp_path / "samples.jsonl", rows[::-1])
     assert [one.answer for one in read_predictions(file)] == said
     assert score(gqa, rows[::-1])["score"] == pytest.approx(2 / 3)
     scored = [{**row, "filtered_resps": [[-1.5, False], [-2.0, True]]} for row in rows]
     with pytest.raises(ValueError, match="which is no answer"):
-        read_predictions(lines(tmp_path / "choices.jsonl", scored))
+        read_predictions(write_lines(tmp_path / "choices.jsonl", scored))

@@ -1,7 +1,6 @@
 """Benchmarks in the tables that the hub has of them, and what a folder without a task's own files
 is told."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_several import cell
 
 from midstream.eval.benchmark_records import UNPACKED, VisualExample
 from midstream.eval.find_task import read_visual_task
 from midstream.eval.tasks import VISUAL_FORMATS
 
 Rows = list[dict[str, Any]]
-
-
-def cell(shade: int) -> dict[str, Any]:
-    stream = io.BytesIO()
-    Image.new("L", (4, 4), shade).save(stream, format="PNG")
-    return {"bytes": stream.getvalue(), "path": "a.png"}
 
 
 TEN = [*["red"] * 9, "maroon"]

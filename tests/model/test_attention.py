@@ -24,7 +24,6 @@ from midstream.model.attention import (
     make_mask,
     map_mask,
     move_mask,
-    pictures_of,
 )
 
 KINDS: tuple[Attention, ...] = get_args(Attention)
@@ -168,16 +167,26 @@ def rows_of(*lengths: list[int], padding: list[int]) -> Tensor:
     )
 
 
-def test_segments_cut_apart_give_the_values_and_gradients_of_the_dense_mask() -> None:
-    segment_ids = rows_of([200, 1, 59, 7], [256], [3, 264], padding=[3, 14, 3])
+@pytest.mark.parametrize("kind", ["segments", *OF_PICTURES])
+def test_segments_cut_apart_give_the_values_and_gradients_of_the_dense_mask(
+    kind: Attention,
+) -> None:
+    segment_ids, pictures = rows_of([200, 1, 59, 7], [256], [3, 264], padding=[3, 14, 3]), None
+    if kind in OF_PICTURES:
+        pictures = shown(segment_ids)
+        pictures[1], pictures[1, 2:6] = NO_PICTURE, pictures.max() + 1
     *parts, upstream = random_heads(3, 270, 6, 0)
     parts = [part.requires_grad_() for part in parts]
-    cut = make_mask(segment_ids, None, "segments", kind="cut")
-    plain = ((None,) * 4, (None,), (None,) * 2)
-    assert cut == Runs(((200, 1, 59, 7), (256,), (3, 264)), (3, 14, 3), plain)
+    cut = make_mask(segment_ids, None, kind, kind="cut", pictures=pictures)
+    assert isinstance(cut, Runs)
+    assert (cut.lengths, cut.padding) == (((200, 1, 59, 7), (256,), (3, 264)), (3, 14, 3))
+    # Masks of their own where pictures need them.
+    assert (cut.masks[0][0] is None) == (kind == "segments")
+    assert (cut.masks[1][0] is None) == (kind != "pictures")
     found = with_gradients(attend(*parts, cut), parts, upstream)
-    dense = attend(*parts, make_mask(segment_ids, None, "segments", kind="dense"))
-    for one, other in zip(found, with_gradients(dense, parts, upstream), strict=True):
+    dense = make_mask(segment_ids, None, kind, kind="dense", pictures=pictures)
+    plain = with_gradients(attend(*parts, dense), parts, upstream)
+    for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
@@ -193,27 +202,6 @@ def test_segments_cut_apart_give_the_values_and_gradients_of_the_dense_mask() ->
 )
 def test_rows_that_are_short_or_no_plain_runs_keep_a_dense_mask(segment_ids: Tensor) -> None:
     assert isinstance(make_mask(segment_ids, None, "segments", kind="cut"), Tensor)
-
-
-@pytest.mark.parametrize("kind", OF_PICTURES)
-def test_segments_with_pictures_are_cut_apart_with_masks_where_they_need_them(
-    kind: Attention,
-) -> None:
-    segment_ids = rows_of([200, 1, 59, 7], [256], [3, 264], padding=[3, 14, 3])
-    pictures = shown(segment_ids)
-    pictures[1], pictures[1, 2:6] = NO_PICTURE, pictures.max() + 1
-    *parts, upstream = random_heads(3, 270, 6, 0)
-    parts = [part.requires_grad_() for part in parts]
-    cut = make_mask(segment_ids, None, kind, kind="cut", pictures=pictures)
-    assert isinstance(cut, Runs)
-    assert cut.lengths == ((200, 1, 59, 7), (256,), (3, 264))
-    assert cut.masks[0][0] is not None
-    assert (cut.masks[1][0] is None) == (kind == "latest")
-    found = with_gradients(attend(*parts, cut), parts, upstream)
-    dense = make_mask(segment_ids, None, kind, kind="dense", pictures=pictures)
-    plain = with_gradients(attend(*parts, dense), parts, upstream)
-    for one, other in zip(found, plain, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["causal", "prefix"])
@@ -458,29 +446,6 @@ def test_rules_of_pictures_are_those_of_segments_where_they_come_to_the_same(
             kind, nothing.long(), nothing.bool(), dense=True, pictures=torch.tensor([pictures])
         )
         assert (made is None) == same
-
-
-def test_a_text_sees_the_latest_picture_of_its_own_document_and_no_other() -> None:
-    # a picture of two, text, two pictures, text; then a document that begins with text
-    pictures = torch.tensor([[0, 0, -1, 1, 1, 2, -1, -1, 3, -1]])
-    segments = torch.tensor([[0] * 7 + [1] * 3])
-    made = make_mask(segments, None, "latest", kind="dense", pictures=pictures)
-    assert isinstance(made, Tensor)
-    seen = [[at for at in range(10) if row[at]] for row in made[0, 0].tolist()]
-    assert seen == [
-        [0],
-        [0, 1],
-        [0, 1, 2],
-        [2, 3],
-        [2, 3, 4],
-        [2, 5],
-        [2, 5, 6],
-        [7],
-        [7, 8],
-        [7, 8, 9],
-    ]
-    slots = torch.tensor([[0, 0], [0, 3], [1, 1]])
-    assert pictures_of(slots, 2, (2, 6)).tolist() == [[0, 0, -1, 1, 1, -1], [-1, 2, 2, -1, -1, -1]]
 
 
 @every_kind
