@@ -1,7 +1,6 @@
 """Answerers whose answers are functions of the question, and text tasks asked at once."""
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +70,6 @@ class Fake:
             text = self.say(context, None)[:limit]
             found.append(min([text, *(text.split(stop)[0] for stop in stops)], key=len))
         return found
-
-
-def write_lines(path: Path, rows: Iterable[Any]) -> Path:
-    """A file of JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def answering(model: VLM, codec: TextCodec, encode: Encode | None) -> ModelAnswerer:

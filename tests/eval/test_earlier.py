@@ -16,7 +16,8 @@ from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 
-from answerers import Fake, ignore, kept, write_lines
+from answerers import Fake, ignore, kept
+from inputs import write_lines
 from midstream.config import Evaluation
 from midstream.core.storage import read_json, write_json
 from midstream.eval import answers as eval_answers

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from answerers import write_lines
+from inputs import write_lines
 from midstream.eval.prediction_files import read_predictions
 
 READ = [("7", "red"), ("8", "2")]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from answerers import write_lines
+from inputs import write_lines
 from midstream.eval.find_task import read_visual_task
 from midstream.eval.prediction_files import read_predictions
 from midstream.eval.predictions import score_predictions

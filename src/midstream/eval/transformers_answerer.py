@@ -200,11 +200,8 @@ class TransformersAnswerer:
 
         Raises ValueError for as many new tokens as the model holds in all.
         """
-        longest, room = (
-            max((limit for _, _, limit in asked), default=0),
-            self._harness_model.max_length,
-        )
-        if longest >= room:
+        longest = max((limit for _, _, limit in asked), default=0)
+        if longest >= (room := self._harness_model.max_length):
             raise ValueError(
                 f"{self.name} holds {room:,} tokens and is asked for {longest:,} new ones"
             )
