@@ -3,25 +3,21 @@ from typing import Literal
 
 import pytest
 import torch
+from test_generate import ENCODER, OPENLM
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMConfig
+from midstream.config import EncoderConfig, ProjectorConfig, VLMConfig
 from midstream.core.batch import IGNORE, Batch
 from midstream.core.tokens import TokenCount
 from midstream.model.projector import Projector
 from midstream.model.vlm import VLM, scatter_image_features, slot_positions, summed_loss
 from midstream.model.weights import initialise
 
-ENCODER = EncoderConfig(
-    image_size=8, patch_size=4, hidden_size=24, num_layers=2, num_heads=2, intermediate_size=48
-)
-DECODER = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=40)
-
 
 def vlm_of(num_layers: Literal[2, 3] = 2, *, encoder: EncoderConfig | None = ENCODER) -> VLM:
     projector = ProjectorConfig(num_layers=num_layers)
-    vlm = VLM(VLMConfig(decoder=DECODER, encoder=encoder, projector=projector))
+    vlm = VLM(VLMConfig(decoder=OPENLM, encoder=encoder, projector=projector))
     initialise(vlm, 0)
     return vlm
 
