@@ -58,8 +58,7 @@ class Reply(NamedTuple):
 
 @runtime_checkable
 class Answerer(Protocol):
-    """A model as the evaluation sees it; the turn's "In: ... Out:" and the separators are added
-    inside."""
+    """A model as the evaluation sees it; "In: ... Out:" and the separators are added inside."""
 
     @property
     def weights_digest(self) -> str:
@@ -172,9 +171,8 @@ def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
         "official_prompt": BENCHMARKS["prompts"][row["official_prompt"]],
         "variants": {who: getattr(scoring, own) for who, own in row.get("variants", {}).items()},
     }
-    if "parse" in row:
-        changed |= {"parse": getattr(read_answers, row["parse"])}
-        changed |= {"reads": BENCHMARKS["reads"][row["parse"]]}
+    if parse := row.get("parse"):
+        changed |= {"parse": getattr(read_answers, parse), "reads": BENCHMARKS["reads"][parse]}
     for key, own in scorers.items():
         module = "" if "." in own else "scoring."
         changed[key] = resolve_name(f"midstream.eval.{module}{own}")
@@ -330,9 +328,8 @@ def read_piqa(asked: Path, labels: Path) -> LocalTask:
             "one label, 0 or 1: give the two files of one release"
         )
     docs: list[Doc] = [{key: one.text(key) for key in ("goal", "sol1", "sol2")} for one in records]
-    return LocalTask(
-        tuple(doc | {"label": int(gold)} for doc, gold in zip(docs, golds, strict=True))
-    )
+    pairs = zip(docs, golds, strict=True)
+    return LocalTask(tuple(doc | {"label": int(gold)} for doc, gold in pairs))
 
 
 def read_pubmedqa(questions: Path, path: Path) -> LocalTask:
