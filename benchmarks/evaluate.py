@@ -30,6 +30,7 @@ from midstream.config import DecoderConfig, EncoderConfig, ProjectorConfig, VLMC
 from midstream.data.examples import TextCodec, question_ids
 from midstream.exchange.export import write_folder
 from midstream.model.generate import choice_logprobs, generate, generate_and_score
+from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
@@ -110,6 +111,12 @@ def _questions(
     return prompts, pixels, picture_of
 
 
+def _about(prompts: list[list[int]], picture_of: list[int]) -> list[Prompt]:
+    """Each prompt behind its picture."""
+    pairs = zip(prompts, picture_of, strict=True)
+    return [Prompt(Part((), ((0, picture),)), Part(tuple(ids))) for ids, picture in pairs]
+
+
 def _answers(
     vlm: VLM, codec: TextCodec, encoder: Any, given: argparse.Namespace, table: Table
 ) -> bool:
@@ -124,9 +131,8 @@ def _answers(
         def midstream() -> list[list[int]]:
             return generate(
                 vlm,
-                prompts,
+                _about(prompts, picture_of),
                 look(pixels),
-                image_of=picture_of,
                 max_new_tokens=NEW_TOKENS,
                 stop_ids=frozenset(),
                 batch_size=BATCH_SIZE,
@@ -206,7 +212,7 @@ def _outcomes(
     """Answers with what continuous outcomes need beside them, written and chosen."""
     prompts, pixels, picture_of = _questions(vlm, codec, given)
     features = look_through(vlm, encoder)(pixels)
-    how: dict[str, Any] = {"image_of": picture_of, "batch_size": given.questions}
+    shown, how = _about(prompts, picture_of), {"batch_size": given.questions}
     same = True
     for name, limit, choices in (("written", NEW_TOKENS, []), ("of two", 0, [[5], [8]])):
         own: dict[str, Any] = how | {"max_new_tokens": limit, "stop_ids": frozenset()}
@@ -214,7 +220,7 @@ def _outcomes(
         def answers(
             asked: list[list[int]], own: dict[str, Any] = own, cut: int = len(choices)
         ) -> list[Any]:
-            found = generate_and_score(vlm, prompts, features, [asked] * len(prompts), **own)
+            found = generate_and_score(vlm, shown, features, [asked] * len(prompts), **own)
             return [(tokens, scores[:cut]) for tokens, scores in found]
 
         same = (

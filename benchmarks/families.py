@@ -29,6 +29,7 @@ import exported
 import test_export_vlm
 
 import peer_checkpoints
+from midstream.eval.tasks import Ask
 from midstream.eval.transformers_answerer import TransformersAnswerer
 
 DOCUMENT = ROOT / "docs" / "evaluation.md"
@@ -181,11 +182,10 @@ def compared(
         batch_size=1,
         trust_remote_code=trusted,
     )
-    many = len(prompts)
-    asked = (prompts, paths, [choices] * many, [None] * many, [True] * many)
-    by_one = [reply.text for reply in ours.reply(*asked)]
+    asked = [Ask(*pair, choices) for pair in zip(prompts, paths, strict=True)]
+    by_one = [reply.text for reply in ours.reply(asked)]
     ours.batch_size = len(prompts)
-    found = ours.reply(*asked)
+    found = ours.reply(asked)
     by_batch = [reply.text for reply in found]
     likelier = []
     for (_, pair, _), prompt, picture in zip(found, prompts, opened, strict=True):

@@ -4,9 +4,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import tiny
+from midstream.data.examples import TextCodec
+from midstream.data.images import Encode
 from midstream.eval.answers import KeptAnswers
-from midstream.eval.tasks import Answerer, Images, Limits, Lists, Reply, Texts
+from midstream.eval.predict import ModelAnswerer
+from midstream.eval.tasks import Answerer, Ask, GoOn, Reply
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
+from midstream.model.read_prompts import Part, Prompt
+from midstream.model.vlm import VLM
+
+MAX_NEW_TOKENS = 6
 
 
 class Fake:
@@ -29,59 +37,68 @@ class Fake:
     def prompts(self) -> list[str]:
         return [request[0] for request in self.asked]
 
-    def _heard(self, *columns: Sequence[Any]) -> list[tuple[Any, ...]]:
-        requests = list(zip(*columns, strict=True))
+    def _heard(self, requests: Sequence[Any]) -> None:
         self.asked += requests
         self.parts.append(len(requests))
-        return requests
 
-    def reply(
-        self,
-        prompts: Texts,
-        images: Images,
-        choices: Lists,
-        golds: Sequence[str | None],
-        writes: Sequence[bool],
-    ) -> list[Reply]:
+    def reply(self, asked: Sequence[Ask]) -> list[Reply]:
         """What it says has a log-probability of 0, whatever else one of -1."""
+        self._heard(asked)
         replies = []
-        for prompt, image, own, gold, free in self._heard(prompts, images, choices, golds, writes):
-            text = self.say(prompt, image)
+        for prompt, image, own, gold, free in asked:
+            text = self.say(prompt, image)  # type: ignore[arg-type]
             values = [float(one == text) - 1 for one in own]
             likely = None if gold is None else float(gold == text) - 1
             replies.append(Reply(text if free else "", values, likely))
         return replies
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        self._heard([context for context, _ in pairs], [text for _, text in pairs])
+        self._heard(pairs)
         return [(float(self.like(*pair)), self.greedy(*pair)) for pair in pairs]
 
     def num_tokens(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
         return [len(text.split()) for _, text in pairs]
 
-    def loglikelihood_rolling(self, texts: Texts) -> list[float]:
-        return [-float(len(text)) for (text,) in self._heard(texts)]
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        self._heard([(text,) for text in texts])
+        return [-float(len(text)) for text in texts]
 
-    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
+    def generate_until(self, asked: Sequence[GoOn]) -> list[str]:
+        self._heard(asked)
         found = []
-        for context, own, limit in self._heard(contexts, stops, max_new_tokens):
+        for context, stops, limit in asked:
             text = self.say(context, None)[:limit]
-            found.append(min([text, *(text.split(stop)[0] for stop in own)], key=len))
+            found.append(min([text, *(text.split(stop)[0] for stop in stops)], key=len))
         return found
 
 
-def written(answerer: Answerer, prompts: Texts, images: Images) -> list[str]:
+def answering(model: VLM, codec: TextCodec, encode: Encode | None) -> ModelAnswerer:
+    """A model that sees by `tiny.ENCODER`, or not at all, as evaluations ask it."""
+    encoder = None if encode is None else tiny.ENCODER
+    sizes = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 4}
+    return ModelAnswerer(model, codec, encode=encode, encoder=encoder, **sizes)
+
+
+def about(ids: list[int], image: int, begin: int | None = None) -> Prompt:
+    """Tokens behind a picture, with the token that begins a text before it."""
+    first = () if begin is None else (begin,)
+    return Prompt(Part(first, ((len(first), image),)), Part(tuple(ids)))
+
+
+def written(answerer: Answerer, prompts: Sequence[str], images: Sequence[Any]) -> list[str]:
     """Its free answers alone."""
-    bare = len(prompts)
-    found = answerer.reply(prompts, images, [()] * bare, [None] * bare, [True] * bare)
-    return [reply.text for reply in found]
+    return [one.text for one in answerer.reply(list(map(Ask, prompts, images)))]
 
 
-def chosen(answerer: Answerer, prompts: Texts, images: Images, choices: Lists) -> list[list[float]]:
+def chosen(
+    answerer: Answerer,
+    prompts: Sequence[str],
+    images: Sequence[Any],
+    choices: Sequence[Sequence[str]],
+) -> list[list[float]]:
     """The log-probabilities of choices alone."""
-    bare = len(prompts)
-    found = answerer.reply(prompts, images, choices, [None] * bare, [False] * bare)
-    return [reply.choices for reply in found]
+    asked = zip(prompts, images, choices, strict=True)
+    return [one.choices for one in answerer.reply([Ask(*ask, None, False) for ask in asked])]
 
 
 def kept(answerer: Answerer, at_once: int = 8) -> KeptAnswers:

@@ -5,6 +5,7 @@ scaled rotary frequencies. Weights are larger than a new model's and no gain or 
 or zero, so that using the wrong one shows.
 """
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,9 @@ def save_checkpoint(family: str, folder: Path, *, seed: int = 0, shard: bool = F
     build_model(family, seed=seed).save_pretrained(folder, max_shard_size=largest)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+def edit(path: Path, **settings: Any) -> None:
+    """Change or add keys of a JSON file, which need not be there."""
+    held = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(held | settings))

@@ -1,9 +1,11 @@
-"""Small inputs that tests of several rooms make: pictures, archives, a tokenizer, commands."""
+"""Small inputs of several rooms' tests: pictures, archives, JSON lines, a tokenizer, commands."""
 
 import io
+import json
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,6 +34,12 @@ def tar(members: Members, form: int = tarfile.DEFAULT_FORMAT) -> bytes:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return stream.getvalue()
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> Path:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def byte_tokenizer(folder: Path, *special: str) -> Path:

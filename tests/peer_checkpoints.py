@@ -27,22 +27,9 @@ SENTENCE = (
 )
 WORDS = SENTENCE.split()
 PAIRED = [word for word in WORDS if word.isalpha()]
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+TEXT = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+VISION = SIZES | {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 SQUARE = {"height": 32, "width": 32}
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -181,29 +168,15 @@ def save(kind: str, config: dict[str, Any], processor: Any, folder: Path, by: fl
 
 def llama2() -> PreTrainedTokenizerFast:
     """Vicuna's tokenizer with LLaVA's tokens."""
-    return fast(
-        sentencepiece(),
-        ["<image>"],
-        adds_start=True,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-    )
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return fast(sentencepiece(), ["<image>"], adds_start=True, **named)
 
 
 def gemma(*special: str, **named: str) -> PreTrainedTokenizerFast:
     """Gemma's tokenizer with a family's tokens, those in `named` by their names as well."""
-    return fast(
-        sentencepiece(None),
-        [*special, *named.values()],
-        adds_start=True,
-        named=named or None,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-    )
+    marks = {f"{one}_token": f"<{one}>" for one in ("bos", "eos", "unk", "pad")}
+    words = [*special, *named.values()]
+    return fast(sentencepiece(None), words, adds_start=True, named=named or None, **marks)
 
 
 def text_part(tokens: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:

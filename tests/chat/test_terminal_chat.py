@@ -233,14 +233,6 @@ def test_the_process_answers_lines_and_tells_the_rest_on_standard_error(
     assert err.startswith(f"{tiny.CHAT.name}: ")
 
 
-def test_the_process_says_which_model_is_no_partner(
-    chat_ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = chat_ledger.folder(tiny.SEEN)
-    assert run_main(monkeypatch, "", {"checkpoint": str(folder), "device": "cpu"}) == 0
-    assert "not fine-tuned on conversations" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -85,27 +85,6 @@ def test_a_new_picture_starts_anew_with_and_without_its_event(
         assert shown == messages(QUESTIONS[0], both[0], QUESTIONS[1], both[1])
 
 
-def test_several_pictures_are_talked_about_together(
-    opened: OpenedModel, pictures: list[Path]
-) -> None:
-    page, visitor = page_of(opened), Visitor()
-    shown, *_ = list(page.ask(visitor, gallery(*pictures[:2]), QUESTIONS[0]))[-1]
-    session = ChatSession(opened, page.settings)
-    session.show(*pictures[:2])
-    assert shown == messages(QUESTIONS[0], "".join(session.ask(QUESTIONS[0])))
-    assert visitor.session is not None
-    assert visitor.session.pictures == tuple(pictures[:2])
-
-
-def test_reset_keeps_the_picture(opened: OpenedModel, pictures: list[Path]) -> None:
-    page, visitor = page_of(opened), Visitor()
-    first = asked(page, visitor, pictures[0], QUESTIONS[0])
-    assert page.reset(visitor) == ([], "")
-    assert visitor.session is not None
-    assert visitor.session.pictures == (pictures[0],)
-    assert asked(page, visitor, pictures[0], QUESTIONS[0]) == first
-
-
 def test_what_is_refused_becomes_a_note_and_the_question_stays(
     opened: OpenedModel, pictures: list[Path], tmp_path: Path
 ) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,17 +216,9 @@ def test_a_limit_takes_the_first_of_the_full_order_with_splits_in_turn(world: Pa
     assert sorted(full, key=lambda e: e.example_id) != list(full)
 
 
-def test_the_order_is_the_same_in_another_process() -> None:
-    code = (
-        "from midstream.eval.find_task import in_seeded_order;"
-        "print(in_seeded_order(range(30), [str(i % 3) for i in range(30)], 'gqa'))"
-    )
-    command = [sys.executable, "-c", code]
-    other = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    here = in_seeded_order(range(30), [str(index % 3) for index in range(30)], "gqa")
-    assert json.loads(other) == here
-    assert sorted(here) == list(range(30))
-    assert here != list(range(30))
+def test_the_order_is_the_same_in_every_process() -> None:
+    order = in_seeded_order(range(12), [str(number % 3) for number in range(12)], "gqa")
+    assert order == [0, 4, 5, 3, 1, 11, 6, 10, 8, 9, 7, 2]
 
 
 @pytest.mark.parametrize("sizes", [[1, 1], [3, 3], [3, 1, 2], [5, 4, 1], [1] * 9, [2, 2, 2, 1]])
@@ -250,13 +240,6 @@ def test_a_picture_that_most_examples_share_leaves_no_blind_score() -> None:
     examples = tuple(VisualExample(str(i), "?", Path(p), "yes") for i, p in enumerate(images))
     with pytest.raises(ValueError, match=r"2 of 3 examples share picture a\.jpg.*blind=False"):
         other_pictures(VisualTask("some", VISUAL_FORMATS["gqa"], 0.0, examples, len(examples)))
-
-
-def test_a_short_prompt_is_the_question_alone() -> None:
-    for name in ("vqav2", "gqa", "textvqa", "pope"):
-        assert VISUAL_FORMATS[name].prompt("Is the {odd} mug there?", "short") == (
-            "Is the {odd} mug there?"
-        )
 
 
 def test_chance_levels_are_those_of_the_paper() -> None:

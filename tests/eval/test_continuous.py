@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +15,24 @@ from test_readers import official
 import peer_checkpoints
 import tiny
 from answerers import Fake, ignore, kept
-from midstream.config import Evaluation, VLMConfig
+from midstream.config import Evaluation
 from midstream.core.stats import standard_error
 from midstream.data.examples import TextCodec, question_ids
-from midstream.data.images import decode_pixels, encode_fixed
-from midstream.data.prepare import open_codec
+from midstream.data.images import decode_pixels
 from midstream.eval.benchmark import evaluate
 from midstream.eval.continuous import Target, summary, target, text_outcomes, visual_outcomes
 from midstream.eval.find_task import other_pictures, read_visual_task
 from midstream.eval.predict import ModelAnswerer
-from midstream.eval.tasks import VISUAL_FORMATS, Reply, VisualExample
+from midstream.eval.tasks import VISUAL_FORMATS, Ask, Reply, VisualExample
 from midstream.eval.text import TextAnswer
 from midstream.eval.transformers_answerer import TransformersAnswerer
 from midstream.model.read_prompts import Part, embed_parts
-from midstream.model.vlm import VLM
-from midstream.model.weights import initialise
 from midstream.study.results import OUTCOMES, EvaluationResult, TaskResult
 from midstream.study.store import Ledger
-from midstream.work.open_model import on_device, open_encoder
 
 QUESTIONS = ("What colour is the circle?", "Is there a star?", "Where?", "How many shapes?")
 CHOICES = (("red", "blue"), ("yes", "no"), (), ("on the left", "on the right", "on"))
 GOLDS = ("dark red", "no", "on the left of the blue square", None)
-
-
-@pytest.fixture(scope="module")
-def codec(tiny_ledger: Ledger) -> TextCodec:
-    return open_codec(tiny_ledger.folder(tiny.TOKENIZER))
-
-
-@pytest.fixture(scope="module")
-def answerer(tiny_ledger: Ledger, codec: TextCodec) -> ModelAnswerer:
-    encoder = on_device(open_encoder(tiny_ledger, tiny.ENCODER_STAGE).eval())
-    model = VLM(VLMConfig(decoder=tiny.DECODER, encoder=tiny.ENCODER))
-    initialise(model, 0)
-    encode = partial(encode_fixed, encoder, config=tiny.ENCODER)
-    sizes = {"max_new_tokens": 6, "batch_size": 3}
-    return ModelAnswerer(model, codec, encode=encode, encoder=tiny.ENCODER, **sizes)
-
-
-@pytest.fixture(scope="module")
-def pictures(tiny_ledger: Ledger) -> list[Path]:
-    folder = tiny_ledger.folder(tiny.WORLD) / "world" / "bench" / "vqav2" / "val2014"
-    return sorted(folder.glob("*.jpg"))[:4]
 
 
 def forward(answerer: ModelAnswerer, question: str, picture: Path | None, text: str) -> list[float]:
@@ -86,10 +60,12 @@ def test_one_reading_gives_the_text_the_choices_and_the_gold_of_plain_passes(
     answerer: ModelAnswerer, pictures: list[Path], writes: bool
 ) -> None:
     images: list[Path | None] = [pictures[0], pictures[1], None, pictures[0]]
-    found = answerer.reply(QUESTIONS, images, CHOICES, GOLDS, [writes] * 4)
-    bare = answerer.reply(QUESTIONS, images, [()] * 4, [None] * 4, [writes] * 4)
+    asks = [Ask(*own, writes) for own in zip(QUESTIONS, images, CHOICES, GOLDS, strict=True)]
+    found = answerer.reply(asks)
+    bare = answerer.reply([one._replace(choices=(), gold=None) for one in asks])
     assert [reply.text for reply in found] == [reply.text for reply in bare]
-    for reply, *asked, own, gold in zip(found, QUESTIONS, images, CHOICES, GOLDS, strict=True):
+    for reply, ask in zip(found, asks, strict=True):
+        *asked, own, gold, _ = ask
         if gold is not None:
             expected = sum(forward(answerer, *asked, gold))  # type: ignore[arg-type]
             assert reply.gold == pytest.approx(expected, abs=1e-5)
@@ -97,8 +73,7 @@ def test_one_reading_gives_the_text_the_choices_and_the_gold_of_plain_passes(
         first = len({tuple(answerer.codec.encode(f" {text}")[:1]) for text in own}) == len(own)
         totals = [each[0] if first else sum(each) for each in tokens]
         assert reply.choices == pytest.approx(totals, abs=1e-5)
-        alone = answerer.reply(asked[:1], asked[1:], [own], [gold], [writes])  # type: ignore[list-item]
-        assert alone == [reply]
+        assert answerer.reply([ask]) == [reply]
     assert [reply.gold is None for reply in found] == [False, False, False, True]
     assert bool(found[0].text) == writes
 
@@ -110,15 +85,17 @@ def test_another_peoples_model_gives_the_gold_answer_the_probability_of_one_pass
     peer = TransformersAnswerer(
         str(tmp_path / "peer"), torch.device("cpu"), max_new_tokens=4, batch_size=3
     )
-    images: list[Path | None] = [*pictures[:3]]
-    own, golds = [("red", "blue"), ("Yes", "No"), ()], ["red cat", "No", "dog in the image"]
-    found = peer.reply(QUESTIONS[:3], images, own, golds, [True, False, True])
+    golds = ["red cat", "No", "dog in the image"]
+    own: list[tuple[str, ...]] = [("red", "blue"), ("Yes", "No"), ()]
+    free = zip(QUESTIONS[:3], pictures[:3], own, golds, [True, False, True], strict=True)
+    asks = [Ask(*one) for one in free]
+    found = peer.reply(asks)
     # As the probability of a whole reply beside another that begins alike, which has its own test.
     pairs = [(gold, f"{gold} dog") for gold in golds]
-    whole = peer.reply(QUESTIONS[:3], images, pairs, [None] * 3, [False] * 3)
-    for reply, pair in zip(found, whole, strict=True):
+    beside = [one._replace(choices=pair, gold=None) for one, pair in zip(asks, pairs, strict=True)]
+    for reply, pair in zip(found, peer.reply(beside), strict=True):
         assert reply.gold == pytest.approx(pair.choices[0], abs=1e-4)
-    bare = peer.reply(QUESTIONS[:3], images, own, [None] * 3, [True] * 3)
+    bare = peer.reply([one._replace(gold=None, writes=True) for one in asks])
     for reply, one in zip(found, bare, strict=True):
         assert reply.choices == pytest.approx(one.choices, abs=1e-5)
     assert [reply.text for reply in found] == [bare[0].text, "", bare[2].text]

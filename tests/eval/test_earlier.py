@@ -17,6 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from answerers import Fake, ignore, kept
+from inputs import write_lines
 from midstream.config import Evaluation
 from midstream.core.storage import read_json, write_json
 from midstream.eval import answers as eval_answers
@@ -58,10 +59,6 @@ def write_world(root: Path) -> None:
     visual = {task: {"format": "qa", "chance": 0.5} for task in ("hue", "odd")}
     listed = {"visual_tasks": visual, "text_tasks": {"letters": {"chance": 0.5}}}
     (root / "world.json").write_text(json.dumps(listed))
-
-
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from midstream.config.training import FewShot
 from midstream.eval.benchmark import evaluate
 from midstream.eval.benchmark_records import Shot, Shown
 from midstream.eval.few_shot import read_pool, read_shots, up_to_stop
-from midstream.eval.find_task import VisualTask, read_visual_task
+from midstream.eval.find_task import read_visual_task
 
 BRIEFLY = "\nAnswer the question using a single word or phrase."
 
@@ -155,8 +155,3 @@ def test_a_benchmark_without_a_training_split_is_named(data: Path) -> None:
     (data / "world.json").write_text(json.dumps(world))
     with pytest.raises(FileNotFoundError, match=r"shots for vqav2: .* lists no task 'vqav2_train'"):
         read_pool(data, "vqav2")
-
-
-def test_no_shots_are_read_where_none_are_asked_for(data: Path) -> None:
-    task: VisualTask = read_visual_task(data, "vqav2")
-    assert read_shots(data / "nowhere", task, Evaluation(visual_tasks=("vqav2",)), str) is None

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import peer_checkpoints
 from answerers import written
+from checkpoints import edit
 from midstream.eval.foreign_model import open_config, open_weights, without_thoughts
 from midstream.eval.transformers_answerer import TransformersAnswerer
 
@@ -30,11 +31,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-def edit(path: Path, **settings: Any) -> None:
-    held = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(held | settings))
 
 
 def opened(folder: Path) -> TransformersAnswerer:

@@ -80,7 +80,7 @@ def everything(answers: KeptAnswers) -> list[Any]:
         chosen(answers, PROMPTS[:5], IMAGES[:5], [("Yes", "No")] * 5),
         answers.loglikelihood([(c, e) for c in contexts for e in ("x", "yy")]),
         answers.loglikelihood_rolling(["one", "two words"]),
-        answers.generate_until(["go", "on"], [["."], []], [3, 5]),
+        answers.generate_until([("go", ["."], 3), ("on", [], 5)]),
     ]
 
 

@@ -31,26 +31,22 @@ def longest() -> Fake:
 
 # What the shared files hold: records, and how they depart from the data set.
 REAL = {
-    "arc_easy": (2376, None, "Question: "),
-    "copa": (100, None, ""),
-    "mathqa": (2983, "four of the five options", "Question: "),
-    "piqa": (1838, None, "Question: "),
-    "pubmedqa": (500, None, "Abstract: "),
-    "hellaswag": (1000, "contexts as the text file writes them", ""),
-    "agieval_lsat_ar": (230, None, ""),
-    "bigbench_conceptual_combinations_multiple_choice": (
-        103,
-        "the wording of llm-foundry's file",
-        "Concept: ",
-    ),
-    "bigbench_cs_algorithms": (1320, None, "Given two strings"),
+    "arc_easy": (2376, None),
+    "copa": (100, None),
+    "mathqa": (2983, "four of the five options"),
+    "piqa": (1838, None),
+    "pubmedqa": (500, None),
+    "hellaswag": (1000, "contexts as the text file writes them"),
+    "agieval_lsat_ar": (230, None),
+    "bigbench_conceptual_combinations_multiple_choice": (103, "the wording of llm-foundry's file"),
+    "bigbench_cs_algorithms": (1320, None),
 }
 
 
 @needs_bench
 @pytest.mark.parametrize("name", REAL)
 def test_real_files_are_read_whole(name: str) -> None:
-    num_docs, departs, _ = REAL[name]
+    num_docs, departs = REAL[name]
     task = harness_task(name, BENCH)
     assert task.docs is not None
     assert len(task.docs) == num_docs
@@ -59,31 +55,6 @@ def test_real_files_are_read_whole(name: str) -> None:
     part = read_choice_task(BENCH, name, limit=7)
     whole = read_choice_task(BENCH, name)
     assert part.docs == (whole.docs or ())[:7]
-
-
-@needs_bench
-@pytest.mark.slow
-def test_the_harness_asks_real_records_in_its_own_words(tmp_path: Path) -> None:
-    fake = longest()
-    evaluation = Evaluation(text_tasks=tuple(REAL), limit=12, blind=False)
-    answers = kept(fake)
-    results = evaluate(answers, evaluation, BENCH, tmp_path, ignore)
-    assert results["tasks"].keys() == REAL.keys()
-    for name, (num_docs, _, start) in REAL.items():
-        row = results["tasks"][name]
-        assert row["num_examples"] == 12
-        whole = HARNESS_TASKS[name].num_docs
-        assert row["shortened"] == f"12 of {whole:,} examples"
-        assert num_docs <= whole
-        assert any(context.startswith(start) for context in fake.prompts), name
-    assert "acc_norm" in results["tasks"]["hellaswag"]["details"]
-    words = dict(fake.asked)
-    assert any(text.endswith("\nAnswer:") for text in words)
-    # No set is whole, so that none has an average.
-    found = results["suites"]["text, Table 7"]
-    assert found["score"] is None
-    assert "bigbench_cs_algorithms_multiple_choice" in found["missing"]
-    assert "arc_easy" in found["shortened"]
 
 
 @needs_bench
@@ -98,85 +69,42 @@ def test_a_likelihood_task_counts_what_greedy_decoding_gives() -> None:
     assert found.metrics["acc"] == pytest.approx(expected)
 
 
-# A file and a record of it; prompt, choices and the right one as the harness puts them.
-OFFICIAL: dict[str, tuple[str, dict[str, Any], tuple[str, tuple[str, ...], int]]] = {
-    "arc_challenge": (
-        "arc_challenge.jsonl",
-        {"query": "Question: Why?\n", "choices": ["a", "b", "c"], "gold": 1},
-        ("Question: Why?\nAnswer:", (" a", " b", " c"), 1),
-    ),
-    "openbookqa": (
-        "openbook_qa.jsonl",
-        {"query": "Predators eat", "choices": ["lions", "bunnies"], "gold": 1},
-        ("Predators eat", (" lions", " bunnies"), 1),
-    ),
-    "winogrande": (  # the likelihood of the end behind each beginning
-        "winogrande.jsonl",
-        {
-            "context_options": ["Sue helped Ann so Sue", "Sue helped Ann so Ann"],
-            "continuation": "was glad_ly helped.",
-            "gold": 1,
-        },
-        ("... was glad_ly helped.", ("Sue helped Ann so Sue", "Sue helped Ann so Ann"), 1),
-    ),
-    "arc_easy": (
-        "ARC-Easy-Test.jsonl",
-        {
-            "question": {
-                "stem": "Why?",
-                "choices": [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}],
-            },
-            "answerKey": "2",
-        },
-        ("Question: Why?\nAnswer:", (" a", " b"), 1),
-    ),
-    "boolq": (
-        "dev.jsonl",
-        {"passage": "P.", "question": "is it", "answer": True, "title": "t"},
-        ("t -- P.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
-    ),
-    "copa": (  # the harness's own two spaces
-        "val.jsonl",
-        {"premise": "It fell.", "choice1": "A.", "choice2": "B.", "question": "cause", "label": 1},
-        ("It fell because", ("  a.", "  b."), 1),
-    ),
-    "hellaswag": (
-        "hellaswag_val.jsonl",
-        {
-            "ctx_a": "A man",
-            "ctx_b": "he",
-            "activity_label": "Run",
-            "endings": [*"abcd"],
-            "label": 2,
-        },
-        ("Run: A man He", (" a", " b", " c", " d"), 2),
-    ),
-    "agieval_sat_en": (
-        "sat-en.jsonl",
-        {"passage": "P.", "question": "Q?", "options": ["(A)a", "(B)b"], "label": "B"},
-        (
-            "P.Q: Q? Answer Choices: (A)a (B)b\nA: Among A through B, the answer is",
-            (" (A)a", " (B)b"),
-            1,
-        ),
-    ),
-}
+# Of each task a file and a record of it, then prompt, choices and the right one as the harness puts
+# them. WinoGrande: the likelihood of the end behind each beginning; COPA: the harness's two spaces.
+OFFICIAL = """
+arc_challenge arc_challenge.jsonl {"query": "Question: Why?\\n", "choices": ["a", "b", "c"], "gold": 1}
+["Question: Why?\\nAnswer:", [" a", " b", " c"], 1]
+openbookqa openbook_qa.jsonl {"query": "Predators eat", "choices": ["lions", "bunnies"], "gold": 1}
+["Predators eat", [" lions", " bunnies"], 1]
+winogrande winogrande.jsonl {"context_options": ["So Sue", "So Ann"], "continuation": "was g_d.", "gold": 1}
+["... was g_d.", ["So Sue", "So Ann"], 1]
+arc_easy ARC-Easy-Test.jsonl {"answerKey": "2", "question": {"stem": "Why?", "choices": [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}]}}
+["Question: Why?\\nAnswer:", [" a", " b"], 1]
+boolq dev.jsonl {"passage": "P.", "question": "is it", "answer": true, "title": "t"}
+["t -- P.\\nQuestion: is it?\\nAnswer:", [" no", " yes"], 1]
+copa val.jsonl {"premise": "It fell.", "choice1": "A.", "choice2": "B.", "question": "cause", "label": 1}
+["It fell because", ["  a.", "  b."], 1]
+hellaswag hellaswag_val.jsonl {"ctx_a": "A man", "ctx_b": "he", "activity_label": "Run", "endings": ["a", "b", "c", "d"], "label": 2}
+["Run: A man He", [" a", " b", " c", " d"], 2]
+agieval_sat_en sat-en.jsonl {"passage": "P.", "question": "Q?", "options": ["(A)a", "(B)b"], "label": "B"}
+["P.Q: Q? Answer Choices: (A)a (B)b\\nA: Among A through B, the answer is", [" (A)a", " (B)b"], 1]
+"""  # noqa: E501
 
 
 @pytest.mark.slow
 def test_published_forms_reach_the_model_in_the_harness_words(tmp_path: Path) -> None:
-    tasks = []
-    for name, (file, record, _) in OFFICIAL.items():
+    tasks, rows = [], OFFICIAL.strip().splitlines()
+    for name, file, record in (row.split(" ", 2) for row in rows[::2]):
         folder = tmp_path / name / ("COPA" if name == "copa" else "boolq")
         folder.mkdir(parents=True)
-        (folder / file).write_text(json.dumps(record) + "\n")
+        (folder / file).write_text(record + "\n")
         assert published_files(tmp_path / name, name)[0].parent == folder
         tasks.append(harness_task(name, tmp_path / name))
         assert tasks[-1].departs == f"1 of {HARNESS_TASKS[name].num_docs:,} records"
     found = run_text_tasks(longest(), tasks)
-    for name, (_, _, expected) in OFFICIAL.items():
-        (answer,) = found[name].answers
-        assert (answer.prompt, answer.choices, answer.gold) == expected
+    for task, expected in zip(tasks, rows[1::2], strict=True):
+        (answer,) = found[task.name].answers
+        assert [answer.prompt, [*answer.choices], answer.gold] == json.loads(expected)
 
 
 @pytest.mark.parametrize(

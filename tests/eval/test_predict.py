@@ -1,4 +1,3 @@
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,54 +5,18 @@ import torch
 from PIL import Image
 
 import tiny
-from answerers import chosen, written
+from answerers import MAX_NEW_TOKENS, about, answering, chosen, written
 from midstream.config import VLMConfig
 from midstream.data.examples import TextCodec, Turn, conversation_example, question_ids
-from midstream.data.images import Encode, decode_pixels, encode_fixed
-from midstream.data.prepare import open_codec
+from midstream.data.images import Encode, decode_pixels
 from midstream.eval import predict
 from midstream.eval.benchmark_records import Shot, Shown
 from midstream.eval.predict import ModelAnswerer
-from midstream.eval.tasks import Answerer
+from midstream.eval.tasks import Answerer, Ask
 from midstream.model.generate import choice_logprobs, generate
 from midstream.model.read_prompts import Part, Prompt
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise, weights_digest
-from midstream.study.store import Ledger
-from midstream.work.open_model import on_device, open_encoder
-
-MAX_NEW_TOKENS = 6
-
-
-@pytest.fixture(scope="module")
-def codec(tiny_ledger: Ledger) -> TextCodec:
-    return open_codec(tiny_ledger.folder(tiny.TOKENIZER))
-
-
-@pytest.fixture(scope="module")
-def encode(tiny_ledger: Ledger) -> Encode:
-    encoder = on_device(open_encoder(tiny_ledger, tiny.ENCODER_STAGE).eval())
-    return partial(encode_fixed, encoder, config=tiny.ENCODER)
-
-
-@pytest.fixture(scope="module")
-def pictures(tiny_ledger: Ledger) -> list[Path]:
-    folder = tiny_ledger.folder(tiny.WORLD) / "world" / "bench" / "vqav2" / "val2014"
-    return sorted(folder.glob("*.jpg"))[:6]
-
-
-@pytest.fixture(scope="module")
-def answerer(codec: TextCodec, encode: Encode) -> ModelAnswerer:
-    model = VLM(VLMConfig(decoder=tiny.DECODER, encoder=tiny.ENCODER))
-    initialise(model, 0)
-    return answering(model, codec, encode)
-
-
-def answering(model: VLM, codec: TextCodec, encode: Encode | None) -> ModelAnswerer:
-    encoder = None if encode is None else tiny.ENCODER
-    sizes = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 4}
-    return ModelAnswerer(model, codec, encode=encode, encoder=encoder, **sizes)
-
 
 QUESTIONS = (
     "What colour is the circle?",
@@ -100,7 +63,12 @@ def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> li
         features = answerer.encode(torch.from_numpy(pixels)[None])
     stops = frozenset({answerer.codec.separator, answerer.codec.end_of_text})
     how = {"max_new_tokens": MAX_NEW_TOKENS, "stop_ids": stops, "batch_size": 4}
-    (new,) = generate(answerer.model, [ids], features, **how)  # type: ignore[arg-type]
+    (new,) = generate(
+        answerer.model,
+        [ids if picture is None else about(ids, 0)],
+        features,
+        **how,  # type: ignore[arg-type]
+    )
     return new
 
 
@@ -210,31 +178,6 @@ def test_spaces_behind_the_context_belong_to_the_continuation(answerer: ModelAns
     assert moved == plain
 
 
-def test_the_continuation_that_greedy_decoding_gives_is_told_as_greedy(
-    answerer: ModelAnswerer, codec: TextCodec
-) -> None:
-    texts = [codec.decode([token]) for token in range(codec.size)]
-    single = [text for text in texts if text.strip() == text and len(codec.encode(text)) == 1]
-    num_greedy = 0
-    for context in ("The circle is", "Where", "There are two shapes", "yes", "In: Who?"):
-        (best,) = generate(
-            answerer.model,
-            [codec.encode(context)],
-            None,
-            max_new_tokens=1,
-            stop_ids=frozenset(),
-            batch_size=1,
-        )
-        # Both are tokenised together: only what stays a token behind this context is asked.
-        head = codec.encode(context)
-        own = [t for t in single if codec.encode(context + t) == [*head, *codec.encode(t)]]
-        found = answerer.loglikelihood([(context, text) for text in own])
-        told = [text for text, (_, is_greedy) in zip(own, found, strict=True) if is_greedy]
-        assert told == ([codec.decode(best)] if codec.decode(best) in own else [])
-        num_greedy += len(told)
-    assert num_greedy
-
-
 def test_features_of_no_more_pictures_are_kept_than_there_is_room_for(
     answerer: ModelAnswerer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -275,7 +218,7 @@ def test_shots_in_a_document_stand_as_pages_have_them(
 ) -> None:
     one, two = pictures[:2]
     shown = Shown((one,), (Shot("Which?", "both", (two, one)),), document=True)
-    prompt = answerer._prompt("What is it?", shown, {one: 0, two: 1})
+    prompt = answerer._prompt(Ask("What is it?", shown), {one: 0, two: 1})
     assert prompt.head == Part()
     texts = ["In: Which?\nOut:", " both\n", "In: What is it?\nOut:"]
     first, reply, last = map(codec.encode, texts)
@@ -321,11 +264,14 @@ def test_several_pictures_and_shots_stand_as_in_fine_tuning(
     numbers = {path: number for number, path in enumerate(pictures)}
     # Shots that no other question has are read with it.
     heads = [
-        answerer._prompt(*pair, numbers).head.ids != () for pair in zip(asked, shown, strict=True)
+        answerer._prompt(Ask(*pair), numbers).head.ids != ()
+        for pair in zip(asked, shown, strict=True)
     ]
     assert heads[1:3] == [True, False]
     firsts = chosen(answerer, asked, shown, choices)
-    golds = answerer.reply(asked, shown, [()] * 4, ["no it is"] * 4, [False] * 4)
+    golds = answerer.reply(
+        [Ask(*pair, (), "no it is", False) for pair in zip(asked, shown, strict=True)]
+    )
     for row, (likely, reply) in enumerate(zip(firsts, golds, strict=True)):
         assert reply.gold == pytest.approx(expected[row][1], abs=1e-4)
         assert len(likely) == 2

@@ -10,15 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from inputs import write_lines
 from midstream.eval.prediction_files import read_predictions
 
 READ = [("7", "red"), ("8", "2")]
 RECORDS = [{"question_id": 7, "answer": "red"}, {"question_id": 8, "answer": "2"}]
-
-
-def lines_of(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def read(path: Path, content: Any) -> list[tuple[str | None, str | None]]:
@@ -184,27 +180,27 @@ def test_what_a_model_said_is_read_under_other_names_but_not_beside_an_answer(
     tmp_path: Path,
 ) -> None:
     said = {"question_id": 1, "model_response": "red", "response_id": "a7", "pred_score": 0.5}
-    (one,) = read_predictions(lines_of(tmp_path / "a.jsonl", [said]))
+    (one,) = read_predictions(write_lines(tmp_path / "a.jsonl", [said]))
     assert (one.name, one.answer) == ("1", "red")
-    file = lines_of(tmp_path / "b.jsonl", [said | {"answer": "blue"}])
+    file = write_lines(tmp_path / "b.jsonl", [said | {"answer": "blue"}])
     with pytest.raises(ValueError, match="'answer' beside 'model_response', and one may"):
         read_predictions(file)
-    file = lines_of(tmp_path / "c.jsonl", [said | {"answer": "blue", "prediction": "green"}])
+    file = write_lines(tmp_path / "c.jsonl", [said | {"answer": "blue", "prediction": "green"}])
     assert read_predictions(file)[0].answer == "green"
 
 
 def test_what_speaks_of_a_run_is_no_answer(tmp_path: Path) -> None:
     about = {"output_dir": "/x/y", "generated_by": "llava", "completion_tokens": "12"}
-    file = lines_of(tmp_path / "a.jsonl", [{"question_id": 1, "label": "yes"} | about])
+    file = write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "label": "yes"} | about])
     with pytest.raises(ValueError, match="has no answer, only"):
         read_predictions(file)
-    file = lines_of(tmp_path / "b.jsonl", [{"question_id": 1, "answer": "yes"} | about])
+    file = write_lines(tmp_path / "b.jsonl", [{"question_id": 1, "answer": "yes"} | about])
     assert read_predictions(file)[0].answer == "yes"
 
 
 @pytest.mark.parametrize("answer", [["yes", "no"], [], True, {}, float("inf"), [["a", 1]]])
 def test_what_is_no_answer_is_refused(tmp_path: Path, answer: Any) -> None:
-    file = lines_of(tmp_path / "answers.jsonl", [{"id": 1, "answer": answer}])
+    file = write_lines(tmp_path / "answers.jsonl", [{"id": 1, "answer": answer}])
     with pytest.raises(ValueError, match=r"line 1 has .* under 'answer', which is no answer; gi"):
         read_predictions(file)
 
@@ -249,15 +245,7 @@ def test_a_record_without_an_answer_is_told_the_nearest_layout(
     tmp_path: Path, record: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"has no answer, only .*; nearest is {message}"):
-        read_predictions(lines_of(tmp_path / "p.jsonl", [record] * 2))
-
-
-def test_an_object_of_records_by_id_is_read(tmp_path: Path) -> None:
-    record = {"question": "Is it?", "model_output": "red", "ground_truth_answer": "blue"}
-    path = tmp_path / "full-results.json"
-    path.write_text(json.dumps({"1000": record}))
-    (one,) = read_predictions(path)
-    assert (one.name, one.answer, one.question) == ("1000", "red", "Is it?")
+        read_predictions(write_lines(tmp_path / "p.jsonl", [record] * 2))
 
 
 @pytest.mark.parametrize("spelt", ["['two dogs']", '["two dogs"]', "[ 'two dogs ']"])

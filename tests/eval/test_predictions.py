@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from inputs import write_lines
 from midstream.eval.find_task import read_visual_task
 from midstream.eval.prediction_files import read_predictions
 from midstream.eval.predictions import score_predictions
@@ -36,14 +37,9 @@ def pope(tmp_path: Path) -> Path:
     return folder
 
 
-def lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def score(folder: Path, rows: list[Any], file: str = "answers.jsonl", **how: Any) -> dict[str, Any]:
     """The score of lines on the benchmark that a folder is called by."""
-    return score_predictions(folder, folder.name, lines(folder.parent / file, rows), **how)
+    return score_predictions(folder, folder.name, write_lines(folder.parent / file, rows), **how)
 
 
 def llava(split: str, said: str, first: int = 1) -> list[dict[str, Any]]:
@@ -207,21 +203,6 @@ def test_what_is_wrong_with_a_predictions_file_is_said_with_its_line(
         score(gqa, rows)
 
 
-def test_textvqa_answers_are_found_by_picture_and_words(tmp_path: Path) -> None:
-    folder = tmp_path / "textvqa"
-    folder.mkdir()
-    records = [
-        {"question_id": 7 + i, "image_id": "a1", "question": q, "answers": [a] * 10}
-        for i, (q, a) in enumerate((("what brand?", "nokia"), ("what year?", "1999")))
-    ]
-    (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": records}))
-    rows = [
-        {"question_id": "a1", "prompt": f"{q}\nReference OCR token: x\nAnswer", "text": a}
-        for q, a in (("what year?", "1999"), ("what brand?", "Nokia,"))
-    ]
-    assert score(folder, rows)["score"] == 1.0
-
-
 def test_prompts_about_other_questions_are_refused_though_their_ids_match(pope: Path) -> None:
     rows = llava("popular", "yynnnn")[:2] + llava("adversarial", "nynyny")[2:]
     message = (
@@ -320,33 +301,29 @@ def test_of_several_ids_that_counts_which_names_questions(gqa: Path) -> None:
     assert not any("their order" in note for note in row["notes"])
 
 
-def test_ids_that_differ_by_zeros_alone_are_each_their_own(tmp_path: Path) -> None:
-    folder = tmp_path / "coco_captions"
+def karpathy(folder: Path, told: dict[str, str]) -> Path:
+    """COCO's captions by the pictures' files, whose numbers are other names of theirs."""
     folder.mkdir()
     images = [
-        {"filename": name, "split": "test", "cocoid": name.removesuffix(".jpg")}
-        | {"sentences": [{"raw": f"A dog sees the {what}."}]}
-        for name, what in (("001.jpg", "moon"), ("1.jpg", "sun"))
+        {"filename": name, "split": "test", "sentences": [{"raw": f"A dog sees the {what}."}]}
+        | {"cocoid": int(name[-16:-4]) if "_" in name else name.removesuffix(".jpg")}
+        for name, what in told.items()
     ]
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
-    rows = [
-        {"id": "1", "answer": "a dog sees the sun"},
-        {"id": "001", "answer": "a dog sees the moon"},
-    ]
+    return folder
+
+
+def test_ids_that_differ_by_zeros_alone_are_each_their_own(tmp_path: Path) -> None:
+    folder = karpathy(tmp_path / "coco_captions", {"001.jpg": "moon", "1.jpg": "sun"})
+    rows = [{"id": i, "answer": f"a dog sees the {w}"} for i, w in (("1", "sun"), ("001", "moon"))]
     assert score(folder, rows)["score"] == score(folder, rows[::-1])["score"] > 1
 
 
 def test_zeros_before_an_id_and_a_pictures_number_name_the_same(tmp_path: Path) -> None:
-    folder = tmp_path / "coco_captions"
-    folder.mkdir()
-    images = [
-        {"filename": f"COCO_val2014_{i:012d}.jpg", "split": "test", "cocoid": i}
-        | {"sentences": [{"raw": f"A dog sees number {i}."}]}
-        for i in (42, 43)
-    ]
-    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    told = {f"COCO_val2014_{i:012d}.jpg": f"number {i}" for i in (42, 43)}
+    folder = karpathy(tmp_path / "coco_captions", told)
     rows: list[dict[str, Any]] = [
-        {"image_id": i, "caption": f"a dog sees number {i}"} for i in (43, 42)
+        {"image_id": i, "caption": f"a dog sees the number {i}"} for i in (43, 42)
     ]
     best = score(folder, rows)["score"]
     padded = [{"id": f"{row['image_id']:012d}", "answer": row["caption"]} for row in rows]
@@ -371,18 +348,19 @@ def test_boxes_of_the_padded_square_are_of_tasks_with_boxes(tallyqa: Path) -> No
         score(tallyqa, [{"id": 10, "answer": 0}], box_frame="square")
 
 
-def test_empty_answers_are_wrong_and_told(gqa: Path) -> None:
-    row = score(gqa, [{"id": 100 + i, "answer": text} for i, text in enumerate(("red", " ", ""))])
-    assert (row["score"], row["notes"]) == (pytest.approx(1 / 3), ["2 of 3 answers are empty"])
-
-
-def test_marks_of_a_chat_template_in_answers_are_told(gqa: Path) -> None:
-    rows = [{"id": 100 + i, "answer": t} for i, t in enumerate(("red</s>", "yes<|im_end|>", "x"))]
-    row = score(gqa, rows)
-    assert row["score"] == 0
-    assert any(
-        re.match(r"2 of 3 answers hold a chat template's marks", note) for note in row["notes"]
-    )
+@pytest.mark.parametrize(
+    ("said", "right", "told"),
+    [
+        (("red", " ", ""), 1, "2 of 3 answers are empty"),
+        (("red</s>", "yes<|im_end|>", "x"), 0, "2 of 3 answers hold a chat template's marks"),
+    ],
+)
+def test_empty_answers_and_those_with_a_templates_marks_are_wrong_and_told(
+    gqa: Path, said: tuple[str, ...], right: int, told: str
+) -> None:
+    row = score(gqa, [{"id": 100 + i, "answer": text} for i, text in enumerate(said)])
+    assert row["score"] == pytest.approx(right / 3)
+    assert [note for note in row["notes"] if note.startswith(told)] == row["notes"]
 
 
 @pytest.mark.parametrize("around", ["The answer is {}.", "USER: ? ASSISTANT: {}", "{}\n\nUSER: ?"])
@@ -419,24 +397,6 @@ def test_a_part_of_a_word_is_not_the_question(gqa: Path) -> None:
         score(gqa, rows)
 
 
-POPE = Path(__file__).parents[3] / "shared" / "data" / "pope_questions"
-
-
-@pytest.mark.skipif(not POPE.is_dir(), reason=f"{POPE} is not here")
-def test_answers_to_the_official_adversarial_questions_are_not_scored_as_popular(
-    tmp_path: Path,
-) -> None:
-    asked = [json.loads(line) for line in (POPE / "coco_pope_adversarial.json").open()]
-    rows = [
-        {"question_id": row["question_id"], "prompt": f"{row['text']}\nBriefly.", "text": "Yes"}
-        for row in asked
-    ]
-    file = lines(tmp_path / "answers.jsonl", rows)
-    with pytest.raises(ValueError, match=r"1,132 of 3,000 prompts are about other questions"):
-        score_predictions(POPE, "pope", file, split="popular")
-    assert score_predictions(POPE, "pope", file, split="adversarial")["score"] == 0.5
-
-
 def test_recognised_words_are_found_by_questions_in_another_case(tmp_path: Path) -> None:
     folder = tmp_path / "textvqa_ocr"
     folder.mkdir()
@@ -449,7 +409,7 @@ def test_recognised_words_are_found_by_questions_in_another_case(tmp_path: Path)
     words = "{}\nReference OCR token: {}\nAnswer the question using a single word or phrase."
     listed = [("What brand?", "NOKIA"), ("What size?", "XL")]
     rows = [{"question_id": "a1", "text": words.format(*pair)} for pair in listed]
-    lines(folder / "textvqa_val_v051_ocr.jsonl", rows)
+    write_lines(folder / "textvqa_val_v051_ocr.jsonl", rows)
     examples = read_visual_task(folder, "textvqa_ocr", pictures=False, shuffled=False).examples
     assert [example.question.split(": ")[-1] for example in examples] == ["NOKIA", "NOKIA", "XL"]
     answers = [{"question_id": "a1", "prompt": q.lower(), "text": a} for q, a in asked]
@@ -510,9 +470,9 @@ def test_samples_of_lmms_eval_without_ids_come_in_their_documents_order(
         {"doc_id": i, "target": "gold", "resps": [[text]], "filtered_resps": [text]}
         for i, text in enumerate(said)
     ]
-    file = lines(tmp_path / "samples.jsonl", rows[::-1])
+    file = write_lines(tmp_path / "samples.jsonl", rows[::-1])
     assert [one.answer for one in read_predictions(file)] == said
     assert score(gqa, rows[::-1])["score"] == pytest.approx(2 / 3)
     scored = [{**row, "filtered_resps": [[-1.5, False], [-2.0, True]]} for row in rows]
     with pytest.raises(ValueError, match="which is no answer"):
-        read_predictions(lines(tmp_path / "choices.jsonl", scored))
+        read_predictions(write_lines(tmp_path / "choices.jsonl", scored))

@@ -1,5 +1,6 @@
 """What written answers say: options by letter and by text, True or False, yes or no."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +18,19 @@ from midstream.eval.read_answers import (
 from midstream.eval.scoring import to_square
 from midstream.eval.tasks import VISUAL_FORMATS, VisualExample
 
-NAMING_B = (
-    *(
-        "B",
-        "b",
-        "(B)",
-        "[b]",
-        " B. two dogs",
-        "B: two",
-        "B)",
-        "(B",
-        "(B) two",
-        "'B'",
-        '"B"',
-        "**B**",
-    ),
-    *("**B** because", "B\nBecause it is.", "B - two", "Answer: B", "The answer is B.", "Option B"),
-    *("The correct answer is (B) two", "Answer: **B**", "**Answer:** B", "**Final answer: B**"),
-    *("the correct answer is option b", "B, a dog", "B, because"),
-)
-NAMING_NONE = (
-    *(
-        "Two dogs",
-        "The",
-        "A man",
-        "A dog.",
-        "E",
-        "",
-        "AB",
-        "(AB)",
-        "A's leaf",
-        "a-shaped",
-        "A or B",
-        "A, B",
-        "A, B and C",
-        "a, c, and d",
-    ),
-    *("The answer is a dog.", "Answer", "answering A", "Both A and B", "I'm sure"),
-)
+NAMING_B = """B|b|(B)|[b]| B. two dogs|B: two|B)|(B|(B) two|'B'|"B"|**B**|**B** because|B - two
+Answer: B|The answer is B.|Option B|The correct answer is (B) two|Answer: **B**|**Answer:** B
+**Final answer: B**|the correct answer is option b|B, a dog|B, because"""
+NAMING_NONE = """Two dogs|The|A man|A dog.|E||AB|(AB)|A's leaf|a-shaped|A or B|A, B|A, B and C
+a, c, and d|The answer is a dog.|Answer|answering A|Both A and B|I'm sure"""
 
 
-@pytest.mark.parametrize("text", NAMING_B)
+@pytest.mark.parametrize("text", [*re.split(r"[|\n]", NAMING_B), "B\nBecause it is."])
 def test_a_letter_is_an_answer(text: str) -> None:
     assert choice_letter(text, 4) == 1
 
 
-@pytest.mark.parametrize("text", NAMING_NONE)
+@pytest.mark.parametrize("text", re.split(r"[|\n]", NAMING_NONE))
 def test_a_word_is_none(text: str) -> None:
     assert choice_letter(text, 4) is None
 

@@ -1,7 +1,6 @@
 """Benchmarks in the tables that the hub has of them, and what a folder without a task's own files
 is told."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_several import cell
 
 from midstream.eval.benchmark_records import UNPACKED, VisualExample
 from midstream.eval.find_task import read_visual_task
@@ -18,52 +18,38 @@ from midstream.eval.tasks import VISUAL_FORMATS
 Rows = list[dict[str, Any]]
 
 
-def cell(shade: int) -> dict[str, Any]:
-    stream = io.BytesIO()
-    Image.new("L", (4, 4), shade).save(stream, format="PNG")
-    return {"bytes": stream.getvalue(), "path": "a.png"}
-
-
 TEN = [*["red"] * 9, "maroon"]
 ASKED: dict[str, Any] = {"question": "What?", "image": cell(7)}
-POPE: dict[str, Any] = {**ASKED, "question_id": "1", "image_source": "COCO_val2014_000000000009"}
+POPE = {**ASKED, "question_id": "1", "image_source": "COCO_val2014_000000000009", "answer": "yes"}
+VQA = {**ASKED, "image_id": 9, "answers": [{"answer": text, "answer_id": 1} for text in TEN]}
+GQA = {"id": "201", "imageId": "n1", "question": "What?", "answer": "no"}
+CHOICES = {"options": ["a", "b", "c"], "answer": "1"}
 # By task: its tables, and the examples (id, split, gold) that they are.
 TABLES: dict[str, tuple[dict[str, Rows], list[tuple[str, str, Any]]]] = {
     "vqav2": (
         {
-            "data/validation-00000-of-00001.parquet": [
-                {
-                    **ASKED,
-                    "question_id": 90 + at,
-                    "image_id": 9,
-                    "answer_type": "other",
-                    "answers": [{"answer": text, "answer_id": 1} for text in TEN],
-                }
-                for at in range(2)
+            "data/validation-0.parquet": [
+                {**VQA, "question_id": number, "answer_type": "other"} for number in (90, 91)
             ],
-            "data/test-00000-of-00001.parquet": [{"question_id": 5, "question": "Why?"}],
+            "data/test-0.parquet": [{"question_id": 5, "question": "Why?"}],
         },
         [("90", "", TEN), ("91", "", TEN)],
     ),
     "okvqa": (
-        {"data/val2014-00000-of-00001.parquet": [{**ASKED, "question_id": "7", "answers": TEN}]},
+        {"data/val2014-0.parquet": [{**ASKED, "question_id": "7", "answers": TEN}]},
         [("7", "", TEN)],
     ),
     "textvqa": (
-        {
-            "data/validation-00000-of-00001.parquet": [
-                {**ASKED, "question_id": 34602, "image_id": "003a", "answers": TEN}
-            ]
-        },
+        {"data/validation-0.parquet": [{**VQA, "question_id": 34602, "answers": TEN}]},
         [("34602", "", TEN)],
     ),
     "pope": (
         {
-            "data/test-00000-of-00001.parquet": [
-                {**POPE, "answer": "yes", "category": "random"},
+            "data/test-0.parquet": [
+                {**POPE, "category": "random"},
                 {**POPE, "answer": "no", "category": "popular"},
             ],
-            "Full/random-00000-of-00001.parquet": [{**POPE, "answer": "yes", "category": "random"}],
+            "Full/random-0.parquet": [{**POPE, "category": "random"}],
         },
         [("random-1", "random", "yes"), ("popular-1", "popular", "no")],
     ),
@@ -71,23 +57,13 @@ TABLES: dict[str, tuple[dict[str, Rows], list[tuple[str, str, Any]]]] = {
         {
             "testdev_balanced_images/testdev-0.parquet": [{"id": "n1", "image": cell(7)}],
             "testdev_balanced_instructions/testdev-0.parquet": [
-                {
-                    "id": "201",
-                    "imageId": "n1",
-                    "question": "What?",
-                    "answer": "no",
-                    "types": {"structural": "verify", "semantic": "global"},
-                }
+                {**GQA, "types": {"structural": "verify", "semantic": "global"}}
             ],
         },
         [("201", "", "no")],
     ),
     "ai2d": (
-        {
-            "data/test-00000-of-00001.parquet": [
-                {**ASKED, "options": ["a", "b", "c"], "answer": "1"}
-            ]
-        },
+        {"data/test-0.parquet": [{**ASKED, **CHOICES}]},
         [("0", "test", {"index": 1, "choices": ["a", "b", "c"]})],
     ),
 }

@@ -18,7 +18,6 @@ from midstream.eval.find_task import read_visual_task
 from midstream.eval.readers import POPE_SPLITS
 from midstream.eval.scoring import (
     BENCHMARKS,
-    box_accuracy,
     gqa_accuracy,
     textvqa_accuracy,
     vqa_accuracy,
@@ -40,76 +39,47 @@ BRIEFLY = "\nAnswer the question using a single word or phrase."
 BOX = 'Please provide the bounding box coordinate of the region this sentence describes: "{}"'
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
+RED = re.split(", ", "red, red, dark red, red, maroon, red, red, red, red, brown")
+NOKIA = [*["nokia"] * 4, "Nokia", "nokia", "toshiba", *["nokia"] * 3]
+SOUP = re.split(", ", "soup, soup, can, soup, soup can, soup, soup, unsuitable, soup, soup")
+UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+STATED = 'Based on the {}, is this statement "True" or "False"? {}\n'
+STATED += 'Respond with "True" or "False" directly.'
+# 10/640, 20/480, 110/640 = .172, 220/480
+SHARES = [0.02, 0.04, 0.17, 0.46]
+ON_THE_LEFT = (2, "1-0", SHARES, BOX.format("the man on the left"))
+COUNTS, ROOT = [str(count) for count in range(16)], ["A", "B", "C", "D"]
+LETTERED = "\n".join(f"{'ABCDEFGHIJKLMNOP'[n]}. {n}" for n in range(16))
 # Of each format: how many examples, the first one's id, gold and official prompt.
 READ: dict[str, tuple[int, str, Any, str]] = {
-    "vqav2": (
-        1,
-        "1",
-        ["red", "red", "dark red", "red", "maroon", "red", "red", "red", "red", "brown"],
-        "What colour is the car?" + BRIEFLY,
-    ),
+    "vqav2": (1, "1", RED, "What colour is the car?" + BRIEFLY),
     "okvqa": (1, "7", [*["surfing"] * 6, *["surf"] * 4], "What sport is it?" + BRIEFLY),
     "gqa": (3, "201", "no", "Is it overcast?" + BRIEFLY),
-    "textvqa": (
-        1,
-        "34602",
-        [*["nokia"] * 4, "Nokia", "nokia", "toshiba", *["nokia"] * 3],
-        "what brand is it?" + BRIEFLY,
-    ),
+    "textvqa": (1, "34602", NOKIA, "what brand is it?" + BRIEFLY),
     "textvqa_ocr": (
-        1,
-        "34602",
-        [*["nokia"] * 4, "Nokia", "nokia", "toshiba", *["nokia"] * 3],
+        *(1, "34602", NOKIA),
         "What brand is it?\nReference OCR token: NOKIA, 8MP" + BRIEFLY,
     ),
     "vizwiz": (
-        1,
-        "VizWiz_val_00000000.jpg",
-        {
-            "answers": re.split(
-                ", ", "soup, soup, can, soup, soup can, soup, soup, unsuitable, soup, soup"
-            ),
-            "answerable": True,
-        },
-        "Can you tell me what this is?\nWhen the provided information is insufficient, respond "
-        "with 'Unanswerable'." + BRIEFLY,
+        *(1, "VizWiz_val_00000000.jpg", {"answers": SOUP, "answerable": True}),
+        "Can you tell me what this is?" + UNSURE + BRIEFLY,
     ),
     "pope": (3, "random-1", "yes", "Is there a snowboard in the image?" + BRIEFLY),
-    # 10/640, 20/480, 110/640 = .172, 220/480
-    "refcoco": (2, "1-0", [0.02, 0.04, 0.17, 0.46], BOX.format("the man on the left")),
-    "refcoco_plus": (2, "1-0", [0.02, 0.04, 0.17, 0.46], BOX.format("the man on the left")),
-    "refcocog": (2, "1-0", [0.02, 0.04, 0.17, 0.46], BOX.format("the man on the left")),
-    "ocid_ref": (3, "1", [0.02, 0.04, 0.17, 0.46], BOX.format("the blue cup")),
-    "vsr": (
-        3,
-        "0",
-        "True",
-        'Based on the image, is this statement "True" or "False"? The cat is on the bench.\n'
-        'Respond with "True" or "False" directly.',
-    ),
+    **dict.fromkeys(("refcoco", "refcoco_plus", "refcocog"), ON_THE_LEFT),
+    "ocid_ref": (3, "1", SHARES, BOX.format("the blue cup")),
+    "vsr": (3, "0", "True", STATED.format("image", "The cat is on the bench.")),
     "tallyqa": (
-        3,
-        "1",
-        {"index": 2, "choices": [str(count) for count in range(16)]},
-        "\n".join(["How many dogs?", *(f"{'ABCDEFGHIJKLMNOP'[n]}. {n}" for n in range(16))])
-        + LETTER,
+        *(3, "1", {"index": 2, "choices": COUNTS}),
+        f"How many dogs?\n{LETTERED}" + LETTER,
     ),
     "ai2d": (
-        1,
-        "0.png-0",
-        {"index": 2, "choices": ["A", "B", "C", "D"]},
+        *(1, "0.png-0", {"index": 2, "choices": ROOT}),
         "Which letter is the root?\nA. A\nB. B\nC. C\nD. D" + LETTER,
     ),
     "qa": (3, "1", ["a cup", "cup"], "What is on the table?" + BRIEFLY),
     "coco_captions": (1, "COCO_val2014_000000000042.jpg", ["A dog.", "The dog sits."], CAPTION),
     "flickr30k": (1, "7.jpg", ["A dog runs ."], CAPTION),
-    "nlvr2": (
-        2,
-        "test1-0-1-0",
-        "True",
-        'Based on the images, is this statement "True" or "False"? Both show a dog.\n'
-        'Respond with "True" or "False" directly.',
-    ),
+    "nlvr2": (2, "test1-0-1-0", "True", STATED.format("images", "Both show a dog.")),
 }
 
 
@@ -515,21 +485,3 @@ def test_gqa_and_textvqa_read_real_samples(tmp_path: Path) -> None:
     assert len(examples) == 100
     scores = [textvqa_accuracy(max(e.gold, key=e.gold.count), e.gold) for e in examples]
     assert 0.6 < sum(scores) / len(scores) < 1.0
-
-
-def test_real_boxes_score_one_against_their_own_text(tmp_path: Path) -> None:
-    records = json.loads((shared("refcoco_style") / "refcocos_test.json").read_text())
-    expressions = {}
-    for index, record in enumerate(records):
-        if not record["solution"]:  # some name nothing
-            continue
-        picture(tmp_path / "OCID-dataset" / record["image"], (record["width"], record["height"]))
-        expressions[str(index)] = {
-            "scene_path": record["image"],
-            "bbox": json.dumps(record["solution"]),
-            "sentence": record["normal_caption"],
-        }
-    (tmp_path / OCID).write_text(json.dumps(expressions))
-    examples = read("ocid_ref", tmp_path)
-    assert len(examples) == len(expressions) > 100
-    assert all(box_accuracy(str(e.gold), e.gold, threshold=0.99) == 1.0 for e in examples)

@@ -6,7 +6,6 @@ import random
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +26,6 @@ from midstream.eval.text import (
     TextAnswer,
     TextResult,
     TextTask,
-    adapt,
     loaded_tasks,
     own_task,
     read_text_task,
@@ -151,14 +149,6 @@ def test_nothing_asks_the_network_or_writes_beside_the_temporary_folder(
     assert datasets.config.HF_HUB_OFFLINE is False  # as it was
 
 
-@pytest.mark.slow
-def test_the_adaptor_generates_up_to_a_stop_and_rolls_whole_texts() -> None:
-    model = adapt(Fake(lambda text, _: f"{text} is said\nQ: and more"))
-    requests = [SimpleNamespace(args=("This", {"until": ["\nQ:", "never"]}))]
-    assert model.generate_until(requests) == ["This is said"]
-    assert model.loglikelihood_rolling([SimpleNamespace(args=("four",))]) == [-4.0]
-
-
 WORDS = ("What", "is", "a", "cat", "dog", "red", "?", "Answer", ":", "it", "the", "end", "4")
 PAIRS = [
     ("What is a cat ?", " red dog"),
@@ -233,22 +223,14 @@ def test_text_requests_are_answered_as_by_the_harness_own_model(
     assert ours.loglikelihood_rolling(TEXTS) == pytest.approx(rolling, abs=1e-3)
     contexts = [context for context, _ in PAIRS if context]
     written = harness("generate_until", *[(one, until) for one in contexts])
-    count = len(contexts)
-    assert ours.generate_until(contexts, [["red"]] * count, [6] * count) == written
-
-
-@pytest.mark.slow
-def test_the_begin_of_text_is_heard_by_the_model(tmp_path: Path) -> None:
-    one = opened(tiny(tmp_path / "one", "llama", begins=True)).loglikelihood(PAIRS[:1])
-    other = opened(tiny(tmp_path / "other", "llama", begins=False)).loglikelihood(PAIRS[:1])
-    assert one[0][0] != pytest.approx(other[0][0], abs=1e-3)
+    assert ours.generate_until([(one, ["red"], 6) for one in contexts]) == written
 
 
 @pytest.mark.slow
 def test_more_new_tokens_than_the_model_holds_are_one_line(tmp_path: Path) -> None:
     answerer = opened(tiny(tmp_path / "m", "llama", begins=True))
     with pytest.raises(ValueError, match="holds 48 tokens and is asked for 256 new ones"):
-        answerer.generate_until(["a"], [[]], [256])
+        answerer.generate_until([("a", [], 256)])
 
 
 @pytest.mark.slow

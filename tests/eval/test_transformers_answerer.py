@@ -16,7 +16,7 @@ from answerers import chosen, written
 from midstream.data.images import decode
 from midstream.eval import foreign_model
 from midstream.eval.foreign_model import digest_of
-from midstream.eval.tasks import reply_tokens
+from midstream.eval.tasks import Ask, reply_tokens
 from midstream.eval.transformers_answerer import TransformersAnswerer, _turn
 
 Folders = Callable[[str], Path]
@@ -69,7 +69,7 @@ def test_a_batch_of_pictures_is_answered_as_the_library_answers_one_by_one(
     expected = []
     for prompt, picture in zip(PROMPTS, pictures, strict=True):
         inputs = documented(peer, prompt, picture)
-        ours = peer._inputs([prompt], [picture])
+        ours = peer._inputs([Ask(prompt, picture)])
         for key, value in inputs.items():
             if key != "labels":
                 torch.testing.assert_close(ours[key], value)
@@ -119,7 +119,7 @@ def test_the_likeliest_choice_is_what_a_plain_model_writes(
     for prompt, picture in zip(PROMPTS, pictures, strict=True):
         inputs = documented(peer, prompt, picture)
         end = peer.tokenizer.decode(inputs["input_ids"][0, -1:])
-        ids = [own[0] for own in peer._replies(prompt, picture, written, end)]
+        ids = [own[0] for own in peer._replies(Ask(prompt, picture), written, end)]
         with torch.no_grad():
             logits = peer.model(**inputs).logits[0, -1]
         chances = logits.log_softmax(dim=-1)[ids]
@@ -181,7 +181,7 @@ def test_a_picture_is_opened_as_the_stages_open_it(folders: Folders, tmp_path: P
     for path in sorted(tmp_path.iterdir()):
         upright = decode(path.read_bytes(), path.name)
         expected = peer.processor.image_processor(upright, return_tensors="pt")["pixel_values"]
-        assert peer._inputs(["A"], [path])["pixel_values"].equal(expected), path.name
+        assert peer._inputs([Ask("A", path)])["pixel_values"].equal(expected), path.name
 
 
 def test_a_model_without_eyes_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_start_token_that_the_template_writes_is_not_written_twice(tmp_path: P
     config = json.loads((tmp_path / "bos" / "config.json").read_text())
     image = tmp_path / "0.png"
     Image.new("RGB", (32, 32), "red").save(image)
-    ids = peer._inputs(["A"], [image])["input_ids"][0].tolist()
+    ids = peer._inputs([Ask("A", image)])["input_ids"][0].tolist()
     assert ids.count(config["text_config"]["bos_token_id"]) == 1
 
 

@@ -52,9 +52,6 @@ from midstream.data.examples import (
     text_example,
 )
 from midstream.data.images import decode_pixels
-from midstream.eval.predict import ModelAnswerer
-from midstream.eval.tasks import Answerer
-from midstream.eval.transformers_answerer import TransformersAnswerer
 from midstream.exchange.export import write_folder
 from midstream.model.generate import generate
 from midstream.model.read_prompts import Part, Prompt
@@ -506,7 +503,8 @@ def looked(tmp_path: Path, configs: dict[str, VLMConfig]) -> dict[str, Any]:
         expected = expected_logits(vlm, features[:1], head, prompts[0])
         assert (logits - expected).abs().max() <= 1e-5
         options: Any = {"max_new_tokens": 10, "stop_ids": stops, "batch_size": 4}
-        made_ = generate(vlm, prompts, features, begin=words.begin_of_text, **options)
+        shown = [answerers.about(one, at, words.begin_of_text) for at, one in enumerate(prompts)]
+        made_ = generate(vlm, shown, features, **options)
         assert cut(found["exact"], stops) == made_
         assert len({tuple(row) for row in made_}) > 1
         blind = question_ids(words, questions[0], has_image=False)
@@ -598,46 +596,3 @@ def test_the_stock_pipeline_answers_in_batches_and_the_processor_is_saved(tmp_pa
     assert found["same"]
     assert found["pictures"] == 2
     assert found["names"] == ["attention_mask", "input_ids", "pixel_values"]
-
-
-def test_a_stock_model_answers_and_chooses_as_midstreams_own(tmp_path: Path) -> None:
-    """Without rounded features, which only Midstream's training has."""
-    words = codec(adds_start=True)
-    config = model(stock(), changed(SIGLIP, feature_dtype="float32"))
-    vlm, encoder, _ = written(tmp_path / "out", config, words)
-    paths = []
-    for number in range(3):
-        paths.append(tmp_path / f"{number}.png")
-        Image.fromarray(picture(24, 24) // (number + 1)).save(paths[-1])
-    prompts = ["What colour is the ball?", "how many", "Left?", "on the big round ball"]
-    images = [paths[0], paths[1], paths[2], paths[0]]
-    ours = ModelAnswerer(
-        vlm,
-        words,
-        encode=look_through(vlm, encoder),
-        encoder=config.encoder,
-        max_new_tokens=5,
-        batch_size=2,
-    )
-    theirs = TransformersAnswerer(
-        str(tmp_path / "out"), torch.device("cpu"), max_new_tokens=5, batch_size=3
-    )
-    assert isinstance(theirs, Answerer)
-    assert answerers.written(theirs, prompts, images) == answerers.written(ours, prompts, images)
-    options = [("red", "blue ball"), ("2", "3"), ("yes", "no"), ("on", "off")]
-    found = zip(
-        answerers.chosen(theirs, prompts, images, options),
-        answerers.chosen(ours, prompts, images, options),
-        strict=True,
-    )
-    for one, other in found:
-        assert one == pytest.approx(other, abs=1e-3)
-    pairs = [("In: how many", " 2"), ("The ball is", " red and round"), ("", "The ball")]
-    for (one, best), (other, greedy) in zip(
-        theirs.loglikelihood(pairs), ours.loglikelihood(pairs), strict=True
-    ):
-        assert one == pytest.approx(other, abs=1e-3)
-        assert best == greedy
-    assert theirs.loglikelihood_rolling(["The ball"]) == pytest.approx(
-        ours.loglikelihood_rolling(["The ball"]), abs=1e-3
-    )

@@ -4,14 +4,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from checkpoints import VOCAB_SIZE, build_tokenizer, save_checkpoint
+from checkpoints import VOCAB_SIZE, build_tokenizer, edit, save_checkpoint
 from midstream.data.examples import TextCodec
 from midstream.exchange.import_model import import_model, serve
 from midstream.exchange.import_source import ImportRequest
@@ -27,11 +26,6 @@ HEAD, ROWS = "lm_head.weight", "model.embed_tokens.weight"
 
 def bring(source: Path) -> tuple[ImportRecord, list[str]]:
     return import_model(ImportRequest(source=str(source), out=source.parent / "out"))
-
-
-def edit(path: Path, **settings: Any) -> None:
-    held = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(held | settings))
 
 
 def store(source: Path, tensors: Tensors) -> None:

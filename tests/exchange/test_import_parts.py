@@ -12,6 +12,7 @@ from exported import OPENLM, codec, made
 from safetensors.torch import load_file, save_file
 from test_export_vlm import OWN, PATCHES, STOCK, changed, written
 
+import peer_checkpoints
 import tiny
 from checkpoints import build_tokenizer
 from midstream.config import DecoderConfig, EncoderConfig, FusedEncoder, VLMConfig
@@ -28,14 +29,8 @@ from midstream.study.store import Ledger
 from midstream.work.evaluate_stage import put_together
 from midstream.work.open_model import look_through, open_tokenizer
 
-TEXT = {
-    **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2},
-}
-TOWER = {
-    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
-    **{"num_attention_heads": 2, "image_size": 32, "patch_size": 8},
-}
+TEXT = peer_checkpoints.SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2}
+TOWER = peer_checkpoints.VISION | {"num_hidden_layers": 3}
 
 
 def bring(source: Path, out: Path, **options: Any) -> tuple[ImportRecord, list[str]]:

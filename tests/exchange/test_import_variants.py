@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from checkpoints import VOCAB_SIZE, build_model, build_tokenizer, save_checkpoint
+from checkpoints import VOCAB_SIZE, build_model, build_tokenizer, edit, save_checkpoint
 from midstream.cli.app import app
 from midstream.config import TransformersDecoderConfig
-from midstream.core.storage import read_json, write_json
+from midstream.core.storage import write_json
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest, summary
 from midstream.study.imported import ImportRecord
@@ -30,10 +30,6 @@ PYTHIA = "EleutherAI/pythia-410m"
 
 def bring(source: object, out: Path, **options: Any) -> tuple[ImportRecord, list[str]]:
     return import_model(ImportRequest(source=str(source), out=out, **options))
-
-
-def edit_config(folder: Path, **settings: Any) -> None:
-    write_json(folder / "config.json", read_json(folder / "config.json") | settings)
 
 
 def plainly(folder: Path, family: str = "llama") -> tuple[Path, str, dict[str, torch.Tensor]]:
@@ -214,14 +210,14 @@ def test_a_base_that_is_not_here_or_quantised_is_told_with_where_it_is_named(
     with pytest.raises(FileNotFoundError, match=rf"lora cannot .*elsewhere.*nor.*; .*{remedy}"):
         bring(source, tmp_path / "out")
     base = save_checkpoint("llama", tmp_path / "base")
-    edit_config(base, quantization_config={"quant_method": "bitsandbytes"})
+    edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ValueError, match=f"quantization_config.*{remedy}"):
         bring(save_adapter(source, "../base"), tmp_path / "out")
 
 
 def test_a_pad_token_of_the_config_alone_is_dropped(tmp_path: Path) -> None:
     source = save_checkpoint("llama", tmp_path / "source")
-    edit_config(source, pad_token_id=VOCAB_SIZE)
+    edit(source / "config.json", pad_token_id=VOCAB_SIZE)
     record, _ = bring(source, tmp_path / "out")
     assert isinstance(record.config, TransformersDecoderConfig)
     assert record.config.settings["pad_token_id"] is None

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -479,26 +477,6 @@ def test_files_of_different_epochs_are_refused(tmp_path: Path) -> None:
     torch.save({"epoch": 2, "name": "run"}, path.with_name("optimizer_2.pt"))
     with pytest.raises(ValueError, match=r"optimizer_2\.pt has no 'optimizer', only epoch, name"):
         read_openlm(path)
-
-
-class WantsToRun:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize("file", ["epoch_2.pt", "optimizer_2.pt", "stats_2.pt"])
-def test_no_file_of_a_run_may_run_code(tmp_path: Path, file: str) -> None:
-    state = state_of()
-    path = Run(tmp_path, state).write(optimizer=numbered(state, 20, rate_after(20)))
-    evil = path.with_name(file)
-    content = torch.load(evil, weights_only=False)
-    torch.save(content | {"evaluation_metrics": WantsToRun(tmp_path / "made")}, evil)
-    with pytest.raises(ValueError, match=rf"{re.escape(file)} wants to run code .*\.mkdir"):
-        read_openlm(path)
-    assert not (tmp_path / "made").exists()
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:

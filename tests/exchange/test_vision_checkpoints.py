@@ -62,17 +62,6 @@ def test_a_tower_without_a_pooling_head_is_whole(tmp_path: Path) -> None:
     assert found.keys() == kept.keys()
 
 
-@pytest.mark.parametrize("start", ["_orig_mod.", "module."])
-def test_a_wrapped_towers_names_are_brought_back(start: str, tmp_path: Path) -> None:
-    folder = save_tower("clip", tmp_path)
-    held = load_file(folder / "model.safetensors")
-    wrapped = {start + name: value for name, value in held.items()}
-    save_file(wrapped, folder / "model.safetensors", metadata={"format": "pt"})
-    _, found, _, notes = read_encoder(folder)
-    assert all(torch.equal(found[name], value) for name, value in held.items())
-    assert notes == (f"took {start} off the names of {len(held)} tensors",)
-
-
 def test_clips_own_colours_are_taken_where_no_processor_is_beside_it(tmp_path: Path) -> None:
     folder = save_tower("clip", tmp_path)
     (folder / "preprocessor_config.json").unlink()

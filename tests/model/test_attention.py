@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from midstream.config import Attention, DecoderConfig
+from midstream.config import Attention
 from midstream.config.model import MASK_BLOCK
 from midstream.core.batch import PADDING
 from midstream.cost.taken import block_mask_bytes
@@ -24,14 +24,10 @@ from midstream.model.attention import (
     make_mask,
     map_mask,
     move_mask,
-    pictures_of,
 )
-from midstream.model.decoder import Decoder
-from midstream.model.weights import initialise
 
 KINDS: tuple[Attention, ...] = get_args(Attention)
 OF_PICTURES: tuple[Attention, ...] = ("pictures", "latest")
-TINY = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=50)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 without_flex_warning = pytest.mark.filterwarnings("ignore:flex_attention called without")
 with_gpu = pytest.mark.skipif(
@@ -171,16 +167,26 @@ def rows_of(*lengths: list[int], padding: list[int]) -> Tensor:
     )
 
 
-def test_segments_cut_apart_give_the_values_and_gradients_of_the_dense_mask() -> None:
-    segment_ids = rows_of([200, 1, 59, 7], [256], [3, 264], padding=[3, 14, 3])
+@pytest.mark.parametrize("kind", ["segments", *OF_PICTURES])
+def test_segments_cut_apart_give_the_values_and_gradients_of_the_dense_mask(
+    kind: Attention,
+) -> None:
+    segment_ids, pictures = rows_of([200, 1, 59, 7], [256], [3, 264], padding=[3, 14, 3]), None
+    if kind in OF_PICTURES:
+        pictures = shown(segment_ids)
+        pictures[1], pictures[1, 2:6] = NO_PICTURE, pictures.max() + 1
     *parts, upstream = random_heads(3, 270, 6, 0)
     parts = [part.requires_grad_() for part in parts]
-    cut = make_mask(segment_ids, None, "segments", kind="cut")
-    plain = ((None,) * 4, (None,), (None,) * 2)
-    assert cut == Runs(((200, 1, 59, 7), (256,), (3, 264)), (3, 14, 3), plain)
+    cut = make_mask(segment_ids, None, kind, kind="cut", pictures=pictures)
+    assert isinstance(cut, Runs)
+    assert (cut.lengths, cut.padding) == (((200, 1, 59, 7), (256,), (3, 264)), (3, 14, 3))
+    # Masks of their own where pictures need them.
+    assert (cut.masks[0][0] is None) == (kind == "segments")
+    assert (cut.masks[1][0] is None) == (kind != "pictures")
     found = with_gradients(attend(*parts, cut), parts, upstream)
-    dense = attend(*parts, make_mask(segment_ids, None, "segments", kind="dense"))
-    for one, other in zip(found, with_gradients(dense, parts, upstream), strict=True):
+    dense = make_mask(segment_ids, None, kind, kind="dense", pictures=pictures)
+    plain = with_gradients(attend(*parts, dense), parts, upstream)
+    for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
@@ -196,27 +202,6 @@ def test_segments_cut_apart_give_the_values_and_gradients_of_the_dense_mask() ->
 )
 def test_rows_that_are_short_or_no_plain_runs_keep_a_dense_mask(segment_ids: Tensor) -> None:
     assert isinstance(make_mask(segment_ids, None, "segments", kind="cut"), Tensor)
-
-
-@pytest.mark.parametrize("kind", OF_PICTURES)
-def test_segments_with_pictures_are_cut_apart_with_masks_where_they_need_them(
-    kind: Attention,
-) -> None:
-    segment_ids = rows_of([200, 1, 59, 7], [256], [3, 264], padding=[3, 14, 3])
-    pictures = shown(segment_ids)
-    pictures[1], pictures[1, 2:6] = NO_PICTURE, pictures.max() + 1
-    *parts, upstream = random_heads(3, 270, 6, 0)
-    parts = [part.requires_grad_() for part in parts]
-    cut = make_mask(segment_ids, None, kind, kind="cut", pictures=pictures)
-    assert isinstance(cut, Runs)
-    assert cut.lengths == ((200, 1, 59, 7), (256,), (3, 264))
-    assert cut.masks[0][0] is not None
-    assert (cut.masks[1][0] is None) == (kind == "latest")
-    found = with_gradients(attend(*parts, cut), parts, upstream)
-    dense = make_mask(segment_ids, None, kind, kind="dense", pictures=pictures)
-    plain = with_gradients(attend(*parts, dense), parts, upstream)
-    for one, other in zip(found, plain, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["causal", "prefix"])
@@ -463,29 +448,6 @@ def test_rules_of_pictures_are_those_of_segments_where_they_come_to_the_same(
         assert (made is None) == same
 
 
-def test_a_text_sees_the_latest_picture_of_its_own_document_and_no_other() -> None:
-    # a picture of two, text, two pictures, text; then a document that begins with text
-    pictures = torch.tensor([[0, 0, -1, 1, 1, 2, -1, -1, 3, -1]])
-    segments = torch.tensor([[0] * 7 + [1] * 3])
-    made = make_mask(segments, None, "latest", kind="dense", pictures=pictures)
-    assert isinstance(made, Tensor)
-    seen = [[at for at in range(10) if row[at]] for row in made[0, 0].tolist()]
-    assert seen == [
-        [0],
-        [0, 1],
-        [0, 1, 2],
-        [2, 3],
-        [2, 3, 4],
-        [2, 5],
-        [2, 5, 6],
-        [7],
-        [7, 8],
-        [7, 8, 9],
-    ]
-    slots = torch.tensor([[0, 0], [0, 3], [1, 1]])
-    assert pictures_of(slots, 2, (2, 6)).tolist() == [[0, 0, -1, 1, 1, -1], [-1, 2, 2, -1, -1, -1]]
-
-
 @every_kind
 def test_no_mask_and_the_rule_agree_at_every_held_position(kind: Attention) -> None:
     # Every row of three positions whose segments go up, with every prefix.
@@ -510,42 +472,3 @@ def test_no_mask_and_the_rule_agree_at_every_held_position(kind: Attention) -> N
 
 
 # -------------------------------------------------------------------------------- in a decoder
-
-
-def decoder_of() -> Decoder:
-    decoder = Decoder(TINY)
-    initialise(decoder, 0)
-    return decoder
-
-
-def ids_of(rows: int, length: int) -> Tensor:
-    return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def outputs(decoder: Decoder, input_ids: Tensor, mask: Mask) -> Tensor:
-    position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    found: Tensor = decoder(decoder.embed(input_ids), position_ids, mask)
-    return found
-
-
-@pytest.mark.parametrize("kind", ["causal", "segments", "prefix"])
-def test_a_changed_token_changes_exactly_the_positions_that_see_it(kind: Attention) -> None:
-    decoder, length, first = decoder_of(), 14, 5
-    segment_ids = torch.tensor([[0] * 9 + [PADDING] + [1] * 4])
-    prefix = torch.tensor([[True] * first + [False] * 4 + [True] * 2 + [False] * 3])
-    mask = mask_of(kind, segment_ids, prefix, dense=True)
-    before = outputs(decoder, ids_of(1, length), mask)
-    for changed in range(length):
-        other = ids_of(1, length)
-        other[0, changed] = (other[0, changed] + 1) % 50
-        differs = (outputs(decoder, other, mask) != before).any(dim=-1)[0].tolist()
-        segments, flags = segment_ids[0].tolist(), prefix[0].tolist()
-        assert differs == [
-            sees(kind, segments, flags, [NO_PICTURE] * length, t, changed) for t in range(length)
-        ]
-        # In words, for what training depends on: no position outside the prefix hears of what
-        # comes later, and inside it they all hear of each other under prefix attention alone.
-        assert not any(differs[t] for t in range(changed) if not flags[t])
-        if changed < first:
-            assert all(differs[:first]) == (kind == "prefix" or changed == 0)

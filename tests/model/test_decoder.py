@@ -171,44 +171,6 @@ def test_padding_gives_no_nan_and_no_gradient() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 1, 3], [9]])
-def test_decoding_with_a_cache_equals_the_whole_sequence(pieces: list[int]) -> None:
-    decoder = decoder_of()
-    input_ids = random_ids(2, 9)
-    whole = decoder(decoder.embed(input_ids), positions(2, 9), None)
-    cache = cache_of(decoder, rows=2, columns=9)
-    found, start = [], 0
-    causal = torch.ones(9, 9, dtype=torch.bool).tril()
-    for size in pieces:
-        span = slice(start, start + size)
-        mask = causal[span, : start + size].expand(2, 1, size, start + size)
-        piece = decoder(decoder.embed(input_ids[:, span]), positions(2, 9)[:, span], mask, cache)
-        found.append(piece)
-        start += size
-    torch.testing.assert_close(torch.cat(found, dim=1), whole, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_selected_rows_of_a_cache_go_on_alone() -> None:
-    decoder, chosen = decoder_of(), torch.tensor([2, 0, 2])
-    first, then = random_ids(3, 4), random_ids(3, 3, seed=1)
-    cache = cache_of(decoder, rows=3, columns=7)
-    decoder(decoder.embed(first), positions(3, 4), None, cache)
-    selected = cache.select(chosen)
-    mask = torch.ones(7, 7, dtype=torch.bool).tril()[4:].expand(3, 1, 3, 7)
-    later = positions(3, 7)[:, 4:]
-    found = decoder(decoder.embed(then), later, mask, selected)
-    joined = torch.cat((first[chosen], then), dim=1)
-    whole = decoder(decoder.embed(joined), positions(3, 7), None)
-    torch.testing.assert_close(found, whole[:, 4:], atol=1e-5, rtol=1e-5)
-    assert (cache.length, selected.length) == (4, 7)
-    # What was selected is a copy: the rows it came from go on as if it had not been.
-    found = decoder(decoder.embed(then), later, mask, cache)
-    whole = decoder(decoder.embed(torch.cat((first, then), dim=1)), positions(3, 7), None)
-    torch.testing.assert_close(found, whole[:, 4:], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
 def test_a_full_cache_and_a_missing_mask_are_refused() -> None:
     decoder = decoder_of()
     cache = cache_of(decoder, rows=1, columns=4)
@@ -219,16 +181,6 @@ def test_a_full_cache_and_a_missing_mask_are_refused() -> None:
     mask = torch.ones(1, 1, 4, 8, dtype=torch.bool)
     with pytest.raises(ValueError, match="room for 4 positions, 8"):
         decoder(embeddings, positions(1, 4), mask, cache)
-
-
-@torch.no_grad()
-def test_only_differences_of_positions_matter() -> None:
-    decoder = decoder_of()
-    embeddings = decoder.embed(random_ids(1, 8))
-    near, far = (decoder(embeddings, positions(1, 8) + shift, None) for shift in (0, 500))
-    torch.testing.assert_close(near, far, atol=1e-3, rtol=1e-3)
-    stretched = decoder(embeddings, positions(1, 8) * 2, None)
-    assert (near - stretched).abs().max() > 0.01
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from midstream.chat.session import Conversation
+from answerers import about
+from midstream.chat.session import ChatSettings, Conversation, choose
 from midstream.config import Attention, DecoderConfig, EncoderConfig, VLMConfig
-from midstream.model.decoder import Sampling, choose
 from midstream.model.generate import (
     choice_logprobs,
     generate,
@@ -20,6 +19,7 @@ from midstream.model.generate import (
     sequence_logprobs,
 )
 from midstream.model.pretrained import describe
+from midstream.model.read_prompts import Prompt
 from midstream.model.vlm import VLM
 from midstream.model.weights import generator, initialise
 
@@ -29,7 +29,7 @@ ENCODER = EncoderConfig(
 OPENLM = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=40)
 PROMPTS = [[5, 6, 7], [1], list(range(1, 20)), [9, 8, 7, 6], [3] * 16, [2, 30]]
 KINDS: tuple[Attention, ...] = ("segments", "prefix", "pictures")
-DRAWN = Sampling(temperature=1.5, top_p=0.9, seed=3)
+GREEDY, DRAWN = ChatSettings(), ChatSettings(temperature=1.5, top_p=0.9, seed=3)
 NO_STOP = frozenset[int]()
 
 
@@ -69,17 +69,28 @@ def images(count: int) -> Tensor:
     return torch.randn(count, 4, 24, generator=torch.Generator().manual_seed(0))
 
 
+def asked(
+    prompts: list[list[int]], features: Tensor | None, image_of: list[int] | None = None
+) -> list[Any]:
+    """Each prompt behind its image, by default the one of its number."""
+    if features is None:
+        return prompts
+    numbers = range(len(prompts)) if image_of is None else image_of
+    return [about(*pair) for pair in zip(prompts, numbers, strict=True)]
+
+
 def answers(
     vlm: VLM,
     prompts: list[list[int]],
     features: Tensor | None,
     new: int,
     size: int = 4,
-    **more: Any,
+    image_of: list[int] | None = None,
+    stop_ids: frozenset[int] = NO_STOP,
 ) -> list[list[int]]:
     """`new` tokens an answer, in batches of `size`."""
-    options = {"stop_ids": NO_STOP} | more
-    return generate(vlm, prompts, features, max_new_tokens=new, batch_size=size, **options)
+    shown = asked(prompts, features, image_of)
+    return generate(vlm, shown, features, max_new_tokens=new, batch_size=size, stop_ids=stop_ids)
 
 
 @contextmanager
@@ -120,28 +131,24 @@ def next_logits(
 
 
 def plain_generate(
-    vlm: VLM,
-    given: list[int],
-    image: Tensor | None,
-    new: int,
-    pick: Callable[[Tensor, int], int] = lambda logits, _step: int(logits.argmax()),
-    begin: int | None = None,
+    vlm: VLM, given: list[int], image: Tensor | None, new: int, begin: int | None = None
 ) -> list[int]:
     said: list[int] = []
-    for step in range(new):
-        said.append(pick(next_logits(vlm, given, said, image, begin)[0], step))
+    for _ in range(new):
+        said.append(int(next_logits(vlm, given, said, image, begin)[0].argmax()))
     return said
 
 
-def plain_draw(logits: Tensor, sampling: Sampling, index: int, step: int) -> int:
+def plain_draw(logits: Tensor, sampling: ChatSettings, step: int) -> int:
     """Token by token from the likeliest down, until the drawn place is passed."""
+    assert sampling.temperature is not None
     chances = (logits.double() / sampling.temperature).softmax(-1).tolist()
     ranked = sorted(range(len(chances)), key=lambda token: -chances[token])
     kept: list[int] = []
     for token in ranked:
         if sum(chances[before] for before in kept) < sampling.top_p:
             kept.append(token)
-    source = generator(sampling.seed, f"token/{index}/{step}")
+    source = generator(sampling.seed, f"token/0/{step}")
     place = float(torch.rand((), generator=source, dtype=torch.float64))
     place *= sum(chances[token] for token in kept)
     for token in kept:
@@ -172,13 +179,15 @@ def test_answers_equal_the_whole_sequence_recomputed_for_each_token(
 
 def test_what_begins_a_text_is_read_before_its_image(vlm: VLM) -> None:
     prompts, features, image_of = random_prompts(6, 5), images(2), [0, 1, 1, 0, 1, 1]
-    options: Any = {"image_of": image_of, "begin": 39}
-    found = answers(vlm, prompts, features, 6, 2, **options)
+    shown: list[list[int] | Prompt] = [
+        about(ids, image, 39) for ids, image in zip(prompts, image_of, strict=True)
+    ]
+    found = generate(vlm, shown, features, max_new_tokens=6, stop_ids=NO_STOP, batch_size=2)
     for index, prompt in enumerate(prompts):
         image = features[image_of[index]][None]
         assert found[index] == plain_generate(vlm, prompt, image, 6, begin=39)
     choices = [[[7], [8, 9]]] * len(prompts)
-    scored = choice_logprobs(vlm, prompts, features, choices, **options, batch_size=2)
+    scored = choice_logprobs(vlm, shown, features, choices, batch_size=2)
     for index, prompt in enumerate(prompts):
         image = features[image_of[index]][None]
         for one, (found_logprob, _) in zip(choices[index], scored[index], strict=True):
@@ -187,22 +196,12 @@ def test_what_begins_a_text_is_read_before_its_image(vlm: VLM) -> None:
                 for at, token in enumerate(one)
             )
             assert found_logprob == pytest.approx(expected, abs=1e-4)
-    talk = Conversation(vlm, features[:1], max_positions=60, begin=39)
+    talk = Conversation(vlm, features[:1], max_positions=60, settings=GREEDY, begin=39)
     assert talk.room == 60 - 4 - 1
     reply = list(talk.reply(prompts[0], max_new_tokens=6, stop_ids=NO_STOP))
     assert reply == found[0]
     # Otherwise the comparison says nothing.
     assert found != answers(vlm, prompts, features, 6, 2, image_of=image_of)
-
-
-def test_shared_images_give_the_answers_of_images_of_their_own(vlm: VLM) -> None:
-    prompts = random_prompts(13, 2)
-    image_of = [4, 0, 4, 2, 2, 4, 1, 0, 4, 4, 2, 4, 4]
-    found = answers(vlm, prompts, images(6), 6, 3, image_of=image_of)
-    assert found == answers(vlm, prompts, images(6)[image_of], 6, 3)
-    for index, prompt in enumerate(prompts):
-        image = images(6)[image_of[index]][None]
-        assert found[index] == plain_generate(vlm, prompt, image, 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,14 +223,11 @@ def test_a_shared_image_is_read_once_unless_it_sees_the_prompt(kind: Attention) 
     assert Counter(read) == {(2, 4): 1, (2, 16): 1, (2, 32): 1, (2, 48): 1}
 
 
-@pytest.mark.parametrize("sampling", [None, DRAWN])
-def test_decoding_stops_at_any_stop_id_and_leaves_it_out(
-    vlm: VLM, sampling: Sampling | None
-) -> None:
-    free = answers(vlm, PROMPTS, None, 12, sampling=sampling)
+def test_decoding_stops_at_any_stop_id_and_leaves_it_out(vlm: VLM) -> None:
+    free = answers(vlm, PROMPTS, None, 12)
     assert all(len(answer) == 12 for answer in free)
     stops = frozenset({free[0][3], free[2][5], free[4][1]})
-    found = answers(vlm, PROMPTS, None, 12, sampling=sampling, stop_ids=stops)
+    found = answers(vlm, PROMPTS, None, 12, stop_ids=stops)
     for whole, cut in zip(free, found, strict=True):
         ends = [place for place, token in enumerate(whole) if token in stops]
         assert cut == whole[: ends[0] if ends else None]
@@ -267,67 +263,25 @@ def test_logits_do_not_depend_on_neighbours_to_the_last_bit(kind: Attention) -> 
         assert torch.equal(one, other)
 
 
-def test_unusable_prompts_are_refused(plain: VLM) -> None:
-    two = images(2)
-    for prompts, features, image_of, told in (
-        ([[1]], two, None, "2 images were given for 1 prompts"),
-        ([[1], []], None, None, "prompt is empty"),
-        ([[1]], two, [2], r"one of 2 images to each of 1 prompts, it is \[2\]"),
-        ([[1], [2]], two, [1], "one of 2 images to each of 2 prompts"),
-        ([[1]], None, [0], "one of 0 images"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            answers(plain, prompts, features, 5, image_of=image_of)
-    assert answers(plain, [], None, 5) == []
-
-
-@pytest.mark.parametrize(
-    "sampling", [DRAWN, Sampling(temperature=0.7, seed=1), Sampling(top_p=0.5)]
-)
-def test_drawn_answers_equal_a_reference_that_draws_token_by_token(sampling: Sampling) -> None:
-    vlm, prompts = vlm_of("prefix"), random_prompts(6, 4)
-    found = answers(vlm, prompts, images(6), 6, sampling=sampling)
-    for index, prompt in enumerate(prompts):
-
-        def draw(logits: Tensor, step: int, index: int = index) -> int:
-            return plain_draw(logits, sampling, index, step)
-
-        assert found[index] == plain_generate(vlm, prompt, images(6)[index][None], 6, draw)
-
-
-def test_a_draw_follows_from_seed_and_prompt_number_alone(plain: VLM) -> None:
-    prompts = [[5, 6, 7]] * 5
-    found = [answers(plain, prompts, None, 8, size, sampling=DRAWN) for size in (1, 2, 2, 5)]
-    assert all(said == found[0] for said in found)
-    # Equal prompts get answers of their own.
-    assert len(set(map(tuple, found[0]))) == 5
-    # Neighbours and the global generator change nothing.
-    torch.manual_seed(1)
-    longer = [*prompts[:3], list(range(20)), [8], *prompts[:2]]
-    assert answers(plain, longer, None, 8, 2, sampling=DRAWN)[:3] == found[0][:3]
-    other = answers(plain, prompts, None, 8, 2, sampling=replace(DRAWN, seed=4))
-    assert all(one != two for one, two in zip(other, found[0], strict=True))
-
-
 CHANCES = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.1, 0.2], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [
-        (Sampling(), CHANCES.tolist()),
-        (Sampling(temperature=0.5), (CHANCES**2 / (CHANCES**2).sum()).tolist()),
+        (ChatSettings(temperature=1), CHANCES.tolist()),
+        (ChatSettings(temperature=0.5), (CHANCES**2 / (CHANCES**2).sum()).tolist()),
         # 0.4 + 0.25 fall short of 0.7, the third one reaches beyond it.
-        (Sampling(top_p=0.7), [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0, 0.2 / 0.85]),
-        (Sampling(top_p=1e-9), [0, 1, 0, 0, 0, 0]),
+        (ChatSettings(temperature=1, top_p=0.7), [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0, 0.2 / 0.85]),
+        (ChatSettings(temperature=1, top_p=1e-9), [0, 1, 0, 0, 0, 0]),
     ],
 )
 def test_tokens_are_drawn_as_often_as_the_distribution_says(
-    sampling: Sampling, expected: list[float]
+    sampling: ChatSettings, expected: list[float]
 ) -> None:
-    num = 4000
-    logits = CHANCES.log().float().expand(num, -1)
-    counts = Counter(choose(logits, sampling, range(num), 0))
+    num = 2000
+    logits = CHANCES.log().float()
+    counts = Counter(choose(logits, sampling, step) for step in range(num))
     square = 0.0
     for token, chance in enumerate(expected):
         if chance == 0:
@@ -336,34 +290,16 @@ def test_tokens_are_drawn_as_often_as_the_distribution_says(
             square += (counts[token] - num * chance) ** 2 / (num * chance)
     # Chi-square of up to four degrees of freedom passes 20 once in two thousand times.
     assert square < 20
-    # Later tokens are drawn afresh.
-    assert choose(logits[:50], Sampling(), range(50), 0) != choose(
-        logits[:50], Sampling(), range(50), 1
-    )
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"temperature": 0.0}, "temperature 0.0 must be above 0; leave sampling out"),
-        ({"temperature": float("nan")}, "temperature nan"),
-        ({"top_p": 0.0}, "top_p 0.0 must lie above 0"),
-        ({"top_p": 1.5}, "top_p 1.5"),
-    ],
-)
-def test_a_distribution_that_is_none_is_refused(wrong: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Sampling(**wrong)
 
 
 @pytest.mark.parametrize("sees", [True, False])
-@pytest.mark.parametrize("sampling", [None, DRAWN])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_a_conversation_goes_on_as_if_it_were_read_anew_at_each_token(
-    vlm: VLM, sees: bool, sampling: Sampling | None
+    vlm: VLM, sees: bool, sampling: ChatSettings
 ) -> None:
     image = images(1) if sees else None
     turns = [[5, 6, 7], [11], [3] * 9]
-    talk = Conversation(vlm, image, max_positions=100, sampling=sampling)
+    talk = Conversation(vlm, image, max_positions=100, settings=sampling)
     first, said, drawn = turns[0], list[int](), itertools.count()
     for number, turn in enumerate(turns):
         if number:
@@ -372,10 +308,8 @@ def test_a_conversation_goes_on_as_if_it_were_read_anew_at_each_token(
         for token in reply:
             logits = next_logits(vlm, first, said, image)[0]
             step = next(drawn)
-            expected = (
-                int(logits.argmax()) if sampling is None else plain_draw(logits, sampling, 0, step)
-            )
-            assert token == expected
+            drawn_here = sampling is DRAWN
+            assert token == (plain_draw(logits, DRAWN, step) if drawn_here else logits.argmax())
             said.append(token)
         assert len(reply) == 5
     assert talk.ids == first + said
@@ -383,10 +317,12 @@ def test_a_conversation_goes_on_as_if_it_were_read_anew_at_each_token(
 
 def test_a_reply_that_is_left_early_or_stopped_keeps_what_was_said(plain: VLM) -> None:
     options: Any = {"max_new_tokens": 8, "stop_ids": NO_STOP}
-    whole = list(Conversation(plain, None, max_positions=60).reply([5, 6], **options))
-    left = Conversation(plain, None, max_positions=60)
+    whole = list(
+        Conversation(plain, None, max_positions=60, settings=GREEDY).reply([5, 6], **options)
+    )
+    left = Conversation(plain, None, max_positions=60, settings=GREEDY)
     assert list(itertools.islice(left.reply([5, 6], **options), 3)) == whole[:3]
-    stopped = Conversation(plain, None, max_positions=60)
+    stopped = Conversation(plain, None, max_positions=60, settings=GREEDY)
     stop = next(token for token in whole if token not in whole[:3])
     until = whole.index(stop)
     first = stopped.reply([5, 6], max_new_tokens=8, stop_ids=frozenset({stop}))
@@ -399,7 +335,7 @@ def test_a_reply_that_is_left_early_or_stopped_keeps_what_was_said(plain: VLM) -
 
 def test_a_conversation_reads_every_token_once(plain: VLM) -> None:
     with shapes_read(plain) as read:
-        talk = Conversation(plain, images(1), max_positions=60)
+        talk = Conversation(plain, images(1), max_positions=60, settings=GREEDY)
         for turn in ([5, 6, 7], [8, 9]):
             list(talk.reply(turn, max_new_tokens=3, stop_ids=NO_STOP))
     # The image and the first turn; the reply's last token comes with the next turn.
@@ -407,20 +343,11 @@ def test_a_conversation_reads_every_token_once(plain: VLM) -> None:
 
 
 def test_a_conversation_ends_where_its_room_does(plain: VLM) -> None:
-    talk = Conversation(plain, images(1), max_positions=12)
+    talk = Conversation(plain, images(1), max_positions=12, settings=GREEDY)
     assert talk.room == 8
-    with pytest.raises(ValueError, match="a turn is empty"):
-        talk.reply([], max_new_tokens=3, stop_ids=NO_STOP)
-    with pytest.raises(ValueError, match="9 tokens, the conversation has room for 8 of 12"):
-        talk.reply([1] * 9, max_new_tokens=3, stop_ids=NO_STOP)
     reply = list(talk.reply([1] * 5, max_new_tokens=50, stop_ids=NO_STOP))
     assert reply == plain_generate(plain, [1] * 5, images(1), 3)
     assert talk.room == 0
-    with pytest.raises(ValueError, match="start a new one"):
-        talk.reply([1], max_new_tokens=3, stop_ids=NO_STOP)
-    blind = VLM(VLMConfig(decoder=OPENLM))
-    with pytest.raises(ValueError, match="without an encoder"):
-        Conversation(blind, images(1), max_positions=12)
 
 
 @torch.no_grad()
@@ -436,15 +363,6 @@ def test_logprobs_are_those_of_each_sequence_alone(plain: VLM) -> None:
         assert total == pytest.approx(expected, rel=1e-4)
         best = [int(chances[t - 1].argmax()) for t in range(start, len(ids))]
         assert is_greedy == (best == ids[start:])
-
-
-def test_a_greedy_continuation_is_recognised(plain: VLM) -> None:
-    prompt = [5, 6, 7]
-    answer = answers(plain, [prompt], None, 4, 1)[0]
-    other = [*answer[:-1], (answer[-1] + 1) % 40]
-    found = sequence_logprobs(plain, [prompt + answer, prompt + other], [3, 3], batch_size=2)
-    assert [is_greedy for _, is_greedy in found] == [True, False]
-    assert found[0][0] > found[1][0]
 
 
 def test_logprobs_do_not_depend_on_neighbours_to_the_last_bit(plain: VLM) -> None:
@@ -484,38 +402,15 @@ def test_choices_behind_a_shared_context_are_as_likely_as_alone(decoder: str) ->
             assert value == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_choices_do_not_depend_on_what_stands_beside_them(kind: Attention) -> None:
-    vlm = vlm_of(kind)
-    features, image_of = images(3), [0, 1, 2, 0, 0, 1]
-    whole = choice_logprobs(vlm, PROMPTS, features, CHOICES, image_of=image_of, batch_size=4)
-    for prompt, own, image, expected in zip(PROMPTS, CHOICES, image_of, whole, strict=True):
-        assert choice_logprobs(vlm, [prompt], features[image][None], [own], batch_size=4) == [
-            expected
-        ]
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_one_reading_gives_what_decoding_and_scoring_give_alone(vlm: VLM, size: int) -> None:
-    options = {"image_of": [0, 1, 2, 0, 0, 1], "batch_size": size}
+    shown = asked(PROMPTS, images(3), [0, 1, 2, 0, 0, 1])
     # One continuation is longer than what may be written.
-    together = generate_and_score(
-        vlm, PROMPTS, images(3), CHOICES, max_new_tokens=3, stop_ids=NO_STOP, **options
-    )
-    texts = generate(vlm, PROMPTS, images(3), max_new_tokens=3, stop_ids=NO_STOP, **options)
-    scores = choice_logprobs(vlm, PROMPTS, images(3), CHOICES, **options)
+    writes: Any = {"max_new_tokens": 3, "stop_ids": NO_STOP, "batch_size": size}
+    together = generate_and_score(vlm, shown, images(3), CHOICES, **writes)
+    texts = generate(vlm, shown, images(3), **writes)
+    scores = choice_logprobs(vlm, shown, images(3), CHOICES, batch_size=size)
     assert together == list(zip(texts, scores, strict=True))
-
-
-def test_a_choice_that_greedy_decoding_gives_is_the_likeliest_of_all_tokens() -> None:
-    vlm = vlm_of("prefix")
-    ((token,),) = answers(vlm, [[4, 5]], images(1), 1, 2)
-    every = [[other] for other in range(40)]
-    (found,) = choice_logprobs(vlm, [[4, 5]], images(1), [every], batch_size=2)
-    values = [value for value, _ in found]
-    assert values.index(max(values)) == token
-    assert [greedy for _, greedy in found] == [other == token for other in range(40)]
-    assert sum(map(float, torch.tensor(values).exp())) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_an_empty_choice_is_refused() -> None:

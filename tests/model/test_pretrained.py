@@ -104,18 +104,6 @@ def test_every_known_family_is_tested() -> None:
 
 
 @every_family
-def test_a_mask_of_segments_gives_each_segment_run_alone(family: str) -> None:
-    ids, decoder = tokens(1, 20), ours(family)
-    mask = causal(1, 20).clone()
-    mask[:, :, 8:, :8] = False
-    position_ids = torch.cat((counted(1, 8), counted(1, 12)), dim=1)
-    with torch.no_grad():
-        packed = decoder(decoder.embed(ids), position_ids, mask)
-    assert_close(packed[:, :8], hidden_of(decoder, ids[:, :8]))
-    assert_close(packed[:, 8:], hidden_of(decoder, ids[:, 8:]))
-
-
-@every_family
 def test_no_mask_is_causal_over_the_row_even_where_positions_start_again(family: str) -> None:
     # transformers takes such positions for packed segments.
     ids, decoder = tokens(2, 16), ours(family)
@@ -174,15 +162,6 @@ def test_gradients_under_a_block_mask_on_a_gpu_are_those_under_the_dense_one(fam
         assert (blocks - dense).abs().max() < 1e-3 * dense.abs().max()
 
 
-def test_scaled_rotary_frequencies_are_honoured() -> None:
-    config = describe(theirs("llama3").config)
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    plain = config.model_copy(update={"settings": config.settings | {"rope_parameters": rope}})
-    other = filled(theirs("llama3"), TransformersDecoder(plain))
-    ids = tokens(1, 40)
-    assert (hidden_of(other, ids) - hidden_of(ours("llama3"), ids)).abs().max() > 0.01
-
-
 def new_cache(decoder: TransformersDecoder, rows: int, columns: int) -> Any:
     return decoder.new_cache(
         rows=rows, columns=columns, dtype=torch.float32, device=torch.device("cpu")
@@ -206,34 +185,6 @@ def test_decoding_with_a_cache_equals_decoding_without(family: str) -> None:
     parts.append(feed(decoder, ids[:, 11:], causal(3, 1, 12), held))
     assert held.length == 12
     assert_close(torch.cat(parts, dim=1), hidden_of(decoder, ids))
-
-
-@every_family
-def test_selected_rows_of_a_cache_go_on_as_those_rows_would(family: str) -> None:
-    ids, more, decoder = tokens(3, 6), tokens(4, 2, seed=1), ours(family)
-    held = new_cache(decoder, 3, 8)
-    feed(decoder, ids, None, held)
-    rows = torch.tensor([2, 0, 0, 1])
-    chosen = held.select(rows)
-    found = feed(decoder, more, causal(4, 2, 8), chosen)
-    whole = hidden_of(decoder, torch.cat((ids[rows], more), dim=1))
-    assert_close(found, whole[:, 6:])
-    # The cache that they were taken from is as it was.
-    assert (held.length, chosen.length) == (6, 8)
-    assert_close(
-        feed(decoder, more[:3], causal(3, 2, 8), held),
-        hidden_of(decoder, torch.cat((ids, more[:3]), dim=1))[:, 6:],
-    )
-
-
-def test_a_full_cache_and_a_missing_mask_are_refused() -> None:
-    held = new_cache(ours("llama"), 1, 4)
-    feed(ours("llama"), tokens(1, 3), None, held)
-    with pytest.raises(ValueError, match="room for 4 positions, 5 are needed"):
-        feed(ours("llama"), tokens(1, 2), causal(1, 2, 5), held)
-    with pytest.raises(ValueError, match="holds 3 positions; a mask must say"):
-        feed(ours("llama"), tokens(1, 1), None, held)
-    assert held.length == 3
 
 
 @every_family

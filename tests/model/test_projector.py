@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
 
+from answerers import about
 from midstream.config import (
     Attention,
     AttentionPool,
@@ -194,7 +195,12 @@ def test_answers_are_made_by_the_rule_of_training(attention: Any, begin: int | N
     initialise(model, 0)
     asked = [3, 4, 5]
     found = generate(
-        model, [asked], features, begin=begin, max_new_tokens=4, stop_ids=frozenset(), batch_size=2
+        model,
+        [about(asked, 0, begin)],
+        features,
+        max_new_tokens=4,
+        stop_ids=frozenset(),
+        batch_size=2,
     )[0]
     whole = [7] * first + [0] * 9 + asked + found
     batch = rows([[first]], len(whole))

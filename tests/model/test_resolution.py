@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_vision import CONFIG
 
 from midstream.config import EncoderConfig, FusedEncoder, PatchProjection
 from midstream.config.model import at_size
@@ -13,9 +14,6 @@ from midstream.model.vision import Tower, build_encoder, load_encoder, positions
 from midstream.model.weights import fill, initialise
 from vision_checkpoints import BUILD, build_tower, hidden_states, save_tower, vision_part
 
-CONFIG = EncoderConfig(
-    image_size=16, patch_size=4, hidden_size=32, num_layers=3, num_heads=2, intermediate_size=64
-)
 DINOV2 = CONFIG.model_copy(update={"family": "dinov2"})
 
 

@@ -167,9 +167,3 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert isinstance(fused, FusedTowers)
     with pytest.raises(ValueError, match="1 files were given to a FusedTowers"):
         load_towers(fused, [tmp_path / "tower.safetensors"])
-
-
-def test_towers_that_see_differently_are_not_fused() -> None:
-    other = CONFIG.model_copy(update={"patch_size": 8})
-    with pytest.raises(ValueError, match="must agree in image_size, patches and resize"):
-        FusedEncoder(towers=(CONFIG, other))

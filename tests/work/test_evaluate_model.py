@@ -302,7 +302,7 @@ def test_a_slip_in_a_task_of_a_world_is_told_with_the_nearest_of_its_kind(
     request = evaluate_model.EvaluateRequest(
         models=("m",), tasks=("colour",), out=tmp_path / "out", evaluation={}
     )
-    with pytest.raises(FileNotFoundError, match=r"'visual_tasks' \(did you mean colours\?\)"):
+    with pytest.raises(FileNotFoundError, match=r"'visual_tasks'; did you mean colours\?"):
         evaluate_model.evaluate_all(request, Channel(None))
 
 

@@ -20,7 +20,6 @@ from midstream.data.examples import IMAGE_MARK, TextCodec, Turn, asked_example, 
 from midstream.data.images import decode_pixels
 from midstream.eval.benchmark_records import places
 from midstream.model.attention import NO_PICTURE, Place, sees
-from midstream.model.decoder import Sampling, choose
 from midstream.model.read_prompts import (
     AnyCache,
     Part,
@@ -30,6 +29,7 @@ from midstream.model.read_prompts import (
     new_cache,
 )
 from midstream.model.vlm import VLM
+from midstream.model.weights import generator
 from midstream.study.label import label
 from midstream.study.results import EvaluationResult, ImportedResult
 from midstream.study.stages import LoadDecoder, LoadModel, Pretrain, came_from
@@ -69,6 +69,43 @@ class TextPieces:
         return self.text[known:]
 
 
+class ChatSettings(Config):
+    """How answers are made; temperature None or 0 takes the most likely token each time, else they
+    are drawn from softmax(logits / temperature), cut to the fewest likeliest that make up `top_p`.
+    """
+
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _draws(self) -> "ChatSettings":
+        if not self.temperature and self.top_p != 1.0:
+            raise ValueError(
+                f"top_p {self.top_p} draws nothing by itself; give a temperature above 0 as well"
+            )
+        return self
+
+
+def choose(logits: Float[Tensor, " vocab"], settings: ChatSettings, step: int) -> int:
+    """The next token; a draw is a function of the seed and of `step`, the tokens drawn before."""
+    if not settings.temperature:
+        return int(logits.argmax())
+    # In float64, so that the order of summation does not show, and on the CPU: a GPU's running sum
+    # has no deterministic kernel.
+    scaled, tokens = (logits.double().cpu() / settings.temperature).sort(
+        descending=True, stable=True
+    )
+    mass = scaled.softmax(dim=-1).cumsum(dim=-1)
+    # A token is kept while those before it make up less than top_p: the first one always is.
+    last = int((mass[:-1] < settings.top_p).sum())
+    source = generator(settings.seed, f"token/0/{step}")
+    place = torch.rand((), generator=source, dtype=mass.dtype) * mass[last]
+    # The first token whose mass reaches beyond the drawn place.
+    return int(tokens[min(int((mass <= place).sum()), last)])
+
+
 class Conversation:
     """The cache of one conversation, about images or none; each turn goes on where it ended.
 
@@ -83,13 +120,11 @@ class Conversation:
         features: Float[Tensor, "images patches width"] | None,
         *,
         max_positions: int,
+        settings: ChatSettings,
         begin: int | None = None,
-        sampling: Sampling | None = None,
     ) -> None:
-        self.vlm, self.sampling, self.max_positions = vlm, sampling, max_positions
+        self.vlm, self.settings, self.max_positions = vlm, settings, max_positions
         self._features, num_images = features, 0 if features is None else len(features)
-        if num_images and vlm.config.encoder is None:
-            raise ValueError(f"{num_images} images were given to a model without an encoder")
         self._begin = Part(() if begin is None or not num_images else (begin,))
         # Before which tokens of the first turn the images stand.
         self._places = (0,) * num_images
@@ -121,16 +156,9 @@ class Conversation:
         one each; all stand before it without.
 
         The stop id is not kept either: a later turn begins with what ends a reply in training.
-        Leaving the iterator early keeps the reply so far.
-        Raises ValueError for an empty turn, or one that leaves no room for a reply.
+        Leaving the iterator early keeps the reply so far. A turn has a token at least, and leaves
+        room for another.
         """
-        if not ids:
-            raise ValueError("a turn is empty; start it with the end-of-text token")
-        if len(ids) >= self.room:
-            raise ValueError(
-                f"the turn has {len(ids)} tokens, the conversation has room for {self.room} of "
-                f"{self.max_positions}; start a new one"
-            )
         self.ids += ids
         self._places = self._places if places is None or self._cache is not None else places
         return self._tokens(max_new_tokens, stop_ids)
@@ -167,38 +195,13 @@ class Conversation:
         seen = sees(query, key, self.vlm.config.attention)
         position_ids = column[:, start:]
         hidden = self.vlm.decode(embeddings, position_ids, seen[:, None], self._cache, seen=looks)
-        (token,) = choose(decoder.output(hidden[:, -1]), self.sampling, [0], self._num_drawn)
+        token = choose(decoder.output(hidden[:, -1])[0], self.settings, self._num_drawn)
         self._num_drawn += 1
         return token
 
 
 # The `seq_len` of OpenLM's published text models (open_lm/model_configs).
 OPENLM_POSITIONS = 2048
-
-
-class ChatSettings(Config):
-    """How answers are made; temperature None or 0 takes the most likely token each time."""
-
-    max_new_tokens: Positive = 256
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: float = 1.0
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _draws(self) -> "ChatSettings":
-        if not self.temperature and self.top_p != 1.0:
-            raise ValueError(
-                f"top_p {self.top_p} says how tokens are drawn, but without a temperature none "
-                "are drawn; give a temperature above 0 as well"
-            )
-        return self
-
-    @property
-    def sampling(self) -> Sampling | None:
-        """None for the most likely token each time."""
-        if not self.temperature:
-            return None
-        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
 
 class ChatSession:
@@ -227,7 +230,7 @@ class ChatSession:
             self._features,
             max_positions=self.max_positions,
             begin=self.opened.codec.begin_of_text,
-            sampling=self.settings.sampling,
+            settings=self.settings,
         )
 
     def show(self, *pictures: Path) -> None:
@@ -260,8 +263,8 @@ class ChatSession:
             shown += len(self.opened.codec.begin_ids) * bool(pictures)
             fits = len(ids) + shown < self.max_positions
             raise ValueError(
-                f"the question needs {len(ids)} tokens and the conversation holds {held} "
-                f"positions; the model was trained on {self.max_positions} at most: "
+                f"the question needs {len(ids)} tokens, the conversation holds {held} positions of "
+                f"{self.max_positions} at most: "
                 f"{'start a new conversation' if fits else 'ask a shorter question'}"
             )
         self._stopping = False
@@ -276,9 +279,8 @@ class ChatSession:
         if self.turns or self._features is None:
             if self.opened.encoder is not None and IMAGE_MARK in question:
                 raise ValueError(
-                    f"the question has an {IMAGE_MARK} mark; marks stand for pictures in the first "
-                    "question about them: show pictures, which starts a new conversation, or "
-                    "leave the mark out"
+                    f"the question has an {IMAGE_MARK} mark, which only the first may have: "
+                    "show pictures, which starts a new conversation, or leave the mark out"
                 )
             # In training the separator stands behind each reply.
             return question_ids(codec, question, has_image=bool(self.turns)), None
@@ -332,14 +334,11 @@ class ChatSession:
         config = self.opened.vlm.config.encoder
         if config is None:
             raise ValueError(
-                f"{self.opened.name} is a language model without an encoder, it cannot see "
-                f"{picture}; chat with an image-text or fine-tuned stage"
+                f"{self.opened.name} is without an encoder, it cannot see {picture}; ask another"
             )
         # A path has one slash where an address has two.
         if address := re.match(r"(https?|s3|gs|hf|data):/?", str(picture)):
-            raise ValueError(
-                f"{picture} is an address ({address[1]}); download the picture, and give its file"
-            )
+            raise ValueError(f"{picture} is an address ({address[1]}); download the picture first")
         pixels = decode_pixels(picture.read_bytes(), str(picture), config.transform)
         return self.opened.encode(torch.from_numpy(pixels)[None])
 

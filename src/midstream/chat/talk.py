@@ -122,9 +122,7 @@ def _messages(session: ChatSession) -> Messages:
 def require_gradio() -> None:
     """Raises ValueError with the remedy where the page's packages are not installed."""
     if find_spec("gradio") is None:
-        raise ValueError(
-            'the page needs gradio, which is not installed: pip install "midstream[web]"'
-        )
+        raise ValueError('the page needs gradio: pip install "midstream[web]"')
 
 
 def make_blocks(page: Page) -> Any:
@@ -259,8 +257,7 @@ def _bound(port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"port {port} of {HOST} cannot be used ({error.strerror}); give another --port, or 0 "
-            "for a free one"
+            f"port {port} of {HOST} cannot be used ({error.strerror}); give another --port, or 0"
         ) from None
     # Who comes before the server is up then waits for it.
     listener.listen()

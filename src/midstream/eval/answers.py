@@ -23,7 +23,7 @@ from midstream.core.digests import file_sha256
 from midstream.core.storage import read_json, room_for, write_bytes
 from midstream.eval.few_shot import Shots
 from midstream.eval.find_task import VisualTask
-from midstream.eval.tasks import Answerer, Images, Limits, Lists, Reply, Texts
+from midstream.eval.tasks import Answerer, Ask, GoOn, Reply
 from midstream.eval.text import TextTask
 
 # Raise it when the meaning of an answer changes: kept ones of an earlier version are asked again.
@@ -97,47 +97,36 @@ class KeptAnswers:
             self.ranks.gather(None)
         self.num_found = len(self._known)
 
-    def reply(
-        self,
-        prompts: Texts,
-        images: Images,
-        choices: Lists,
-        golds: Sequence[str | None],
-        writes: Sequence[bool],
-    ) -> list[Reply]:
+    def reply(self, asked: Sequence[Ask]) -> list[Reply]:
         """See `Answerer`; questions about one picture are asked together."""
-        requests = list(zip(prompts, images, choices, golds, writes, strict=True))
-        return [Reply(*one) for one in self._all("reply", requests, _picture, self.answerer.reply)]
+        return [Reply(*one) for one in self._all("reply", asked, _picture, self.answerer.reply)]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """See `Answerer`; continuations of one context are asked together, contexts by length."""
-        requests = [(pair,) for pair in pairs]
-        found = self._all("loglikelihood", requests, _length, self.answerer.loglikelihood)
+        found = self._all("loglikelihood", pairs, _length, self.answerer.loglikelihood)
         return [(float(value), bool(greedy)) for value, greedy in found]
 
     def num_tokens(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
         """See `Answerer`; needs no model, and is not kept."""
         return self.answerer.num_tokens(pairs)
 
-    def loglikelihood_rolling(self, texts: Texts) -> list[float]:
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """See `Answerer`."""
-        requests = [(text,) for text in texts]
-        return self._all("rolling", requests, _length, self.answerer.loglikelihood_rolling)
+        return self._all("rolling", texts, _length, self.answerer.loglikelihood_rolling)
 
-    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
+    def generate_until(self, asked: Sequence[GoOn]) -> list[str]:
         """See `Answerer`."""
-        requests = list(zip(contexts, stops, max_new_tokens, strict=True))
-        return self._all("generate_until", requests, _length, self.answerer.generate_until)
+        return self._all("generate_until", asked, _length, self.answerer.generate_until)
 
     def _all(
         self,
         kind: str,
-        requests: Sequence[tuple[Any, ...]],
-        order_of: Callable[..., tuple[int, str]],
-        ask: Callable[..., Sequence[Any]],
+        requests: Sequence[Any],
+        order_of: Callable[[Any], tuple[int, str]],
+        ask: Callable[[Any], Sequence[Any]],
     ) -> list[Any]:
         """Every answer: known, or asked by one of the ranks; equal orders are asked together."""
-        order = [order_of(*request) for request in requests]
+        order = [order_of(request) for request in requests]
         keys = [self._key(kind, request) for request in requests]
         new = {key: index for index, key in enumerate(keys) if key not in self._known}
         waiting = sorted(new.values(), key=lambda index: (order[index], index))
@@ -151,7 +140,7 @@ class KeptAnswers:
             self.at(f"answering parts {first + 1} and on of {len(parts)} ({kind})")
             fresh: dict[str, Any] = {}
             for part in parts[first : first + size][self.ranks.rank :][:1]:
-                answers = ask(*map(list, zip(*(requests[i] for i in part), strict=True)))
+                answers = ask([requests[i] for i in part])
                 fresh = {keys[i]: answer for i, answer in zip(part, answers, strict=True)}
             broken = any(map(_holds_nan, fresh.values()))
             if not broken:
@@ -171,7 +160,8 @@ class KeptAnswers:
         self.progress(done / of, f"{done:,} of {of:,} ({100 * done // of} %)")
 
     def _key(self, kind: str, request: Any) -> str:
-        text = json.dumps([*self._about, kind, request], default=self.file_digest)
+        told = request if kind in ("reply", "generate_until") else (request,)
+        text = json.dumps([*self._about, kind, told], default=self.file_digest)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _keep(self, answers: dict[str, Any]) -> None:
@@ -190,13 +180,13 @@ def _holds_nan(answer: Any) -> bool:
     return isinstance(answer, float) and math.isnan(answer)
 
 
-def _picture(prompt: str, image: Path | None, *_: Any) -> tuple[int, str]:
+def _picture(ask: Ask) -> tuple[int, str]:
     # Two questions about one picture share its reading where their lengths are alike.
-    return (0 if image is None else 1, f"{image}\0{len(prompt):06d}")
+    return (0 if ask.image is None else 1, f"{ask.image}\0{len(ask.prompt):06d}")
 
 
-def _length(text: str | tuple[str, str], *_: Any) -> tuple[int, str]:
-    context = text if isinstance(text, str) else text[0]
+def _length(request: Any) -> tuple[int, str]:
+    context = request if isinstance(request, str) else request[0]
     return len(context), context
 
 

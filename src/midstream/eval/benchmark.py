@@ -37,7 +37,7 @@ from midstream.eval.find_task import (
     read_visual_task,
 )
 from midstream.eval.scoring import averages, cleaned, mean, suites
-from midstream.eval.tasks import Reply
+from midstream.eval.tasks import Ask, Reply
 from midstream.eval.text import TextResult, TextTask, loaded_tasks
 from midstream.study.results import OUTCOMES
 
@@ -164,11 +164,10 @@ def _run_visual(
         answers.progress = _part(progress, index, len(passes), text=title)
         own = [Target()] * len(prompts) if how == "as text" else targets
         found = answers.reply(
-            prompts,
-            seen,
-            [one.options for one in own],
-            [one.gold for one in own],
-            [not (chooses and one.options) for one in own],
+            [
+                Ask(prompt, image, one.options, one.gold, not (chooses and one.options))
+                for prompt, image, one in zip(prompts, seen, own, strict=True)
+            ]
         )
         if shots is not None:
             found = [reply._replace(text=up_to_stop(reply.text)) for reply in found]

@@ -120,9 +120,7 @@ def load_plain_pickle(path: Path) -> list[Any]:
         if not isinstance(value, list):
             raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
     except Exception as error:  # a broken pickle raises anything
-        raise ValueError(
-            f"{path} is refused: {error}; give the official file, a plain list of references"
-        ) from None
+        raise ValueError(f"{path} is refused: {error}; give the official file") from None
     return value
 
 
@@ -132,9 +130,7 @@ def missing(path: Path) -> NoReturn:
     held = f"the folder holds {', '.join(there[:20])}" if there else "the folder is empty or absent"
     packed = [name for name in there if name.endswith(_PACKED)]
     held += f" (unpack {packed[0]} there?)" if packed else ""
-    raise FileNotFoundError(
-        f"{path} does not exist; {held}; docs/evaluation.md lists the official files"
-    )
+    raise FileNotFoundError(f"{path} does not exist; {held} (docs/evaluation.md)")
 
 
 def read_text(path: Path) -> str:
@@ -289,8 +285,7 @@ def places(question: str, num_pictures: int) -> tuple[str, tuple[int, ...]]:
     text, marked = without_marks(question)
     if len(marked) > num_pictures:
         raise ValueError(
-            f"a question has {len(marked)} {IMAGE_MARK} marks and {num_pictures} pictures: "
-            f"{question[:80]!r}; give one picture a mark"
+            f"{question[:80]!r} has {len(marked)} {IMAGE_MARK} marks and {num_pictures} pictures"
         )
     return text, (0,) * (num_pictures - len(marked)) + marked
 
@@ -372,8 +367,7 @@ class Pictures:
         there = next((path for path in paths if path.is_file()), None)
         if there is None and self.needed:
             raise FileNotFoundError(
-                f"{record.where} asks for picture {paths[0]}, which does not exist; "
-                "put the benchmark's pictures there (docs/evaluation.md)"
+                f"{record.where} asks for picture {paths[0]}, which does not exist; put it there"
             )
         return self._found.setdefault(names[0], there or paths[0])
 

@@ -4,7 +4,7 @@ in which order."""
 import difflib
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -59,9 +59,8 @@ def require_share(task: TextTask) -> None:
     listed = [str(one.get("metric")) for one in stated]
     if listed and not set(listed) & set(SHARES):
         raise ValueError(
-            f"text task {task.name} has the metrics {', '.join(listed)}, none of which is a share "
-            f"of right answers ({', '.join(SHARES)}) as a study needs it; leave it out of the "
-            "study and ask it with midstream eval"
+            f"text task {task.name} has the metrics {', '.join(listed)}, no share of right answers "
+            f"({', '.join(SHARES)}) as a study needs it; ask it with midstream eval"
         )
 
 
@@ -98,9 +97,7 @@ def _entry(name: str, folder: Path) -> Any:
     index = manager().task_index
     entry = index.get(name)
     if entry is None:
-        known = [*VISUAL_FORMATS, *HARNESS_TASKS, *index]
-        near = difflib.get_close_matches(name.lower(), known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = _nearest(name.lower(), [*VISUAL_FORMATS, *HARNESS_TASKS, *index])
         mine = own_text_file(folder, name).is_file() or hub_folder(folder, name)
         if mine or name.endswith(".yaml"):
             hint = (
@@ -113,8 +110,7 @@ def _entry(name: str, folder: Path) -> Any:
     if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
         listed = ", ".join(called(one) for one in (members(entry) or [])[:20])
         raise ValueError(
-            f"{name} is a {kind.lower()} of lm-evaluation-harness without a number of its own; "
-            f"name its tasks: {listed}"
+            f"{name} is a {kind.lower()} without a number of its own; name its tasks: {listed}"
         )
     return entry
 
@@ -175,9 +171,7 @@ def _grouped(examples: list[VisualExample], path: Path) -> list[VisualExample]:
     if not isinstance(groups, dict):
         raise ValueError(f"{path} is no object of groups by an example's id (docs/evaluation.md)")
     if missing := next((e.example_id for e in examples if e.example_id not in groups), None):
-        raise ValueError(
-            f"{path} names no group for example {missing!r}; give each example one, or delete it"
-        )
+        raise ValueError(f"{path} names no group for example {missing!r}; give each one")
     return [
         replace(example, kinds={**example.kinds, "group": str(groups[example.example_id])})
         for example in examples
@@ -239,8 +233,8 @@ def other_pictures(task: VisualTask) -> list[tuple[Path, ...]]:
     step, count = len(members[commonest]), len(task.examples)
     if 2 * step > count:
         raise ValueError(
-            f"{task.name}: {step} of {count} examples share picture {commonest[0]}, so that a "
-            "blind score cannot give each of them another; raise the limit or set blind=False"
+            f"{task.name}: {step} of {count} examples share picture {commonest[0]}, so that others "
+            "are too few; raise the limit or set blind=False"
         )
     groups = list(members.values())
     random.Random(f"{_SEED} blind {task.name}").shuffle(groups)
@@ -261,8 +255,8 @@ def other_pictures(task: VisualTask) -> list[tuple[Path, ...]]:
                 break
         else:
             raise ValueError(
-                f"{task.name}: its examples share so many pictures that a blind score cannot give "
-                f"each of them others ({mine[0]}); raise the limit or set blind=False"
+                f"{task.name}: its examples share so many pictures that {mine[0]} has no other; "
+                "raise the limit or set blind=False"
             )
     shown = {index: _as_many(*pair) for index, *pair in zip(order, own, others, strict=True)}
     return [shown[index] for index in range(count)]
@@ -292,8 +286,7 @@ def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:
             )
         return str(kind), entry["chance"], visual_folder(world, name)
     if name not in VISUAL_FORMATS:
-        near = difflib.get_close_matches(name.lower(), [*VISUAL_FORMATS, *HARNESS_TASKS])
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = _nearest(name.lower(), [*VISUAL_FORMATS, *HARNESS_TASKS], most=3)
         if name in HARNESS_TASKS:
             hint = "; it is a text task, which models alone are asked (midstream eval)"
         raise ValueError(
@@ -303,12 +296,16 @@ def _visual_folder(world: Path, name: str) -> tuple[str, float, Path]:
     return name, VISUAL_FORMATS[name].chance, visual_folder(world, name)
 
 
+def _nearest(name: str, known: Iterable[str], most: int = 1) -> str:
+    near = difflib.get_close_matches(name, list(known), most)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
 def _declared(world: Path, kind: str, name: str) -> dict[str, Any]:
     """What world.json says of a task, its chance level at least."""
     path, tasks = world / "world.json", listed_tasks(world, kind)
     if name not in tasks:
-        near = difflib.get_close_matches(name, tasks, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = _nearest(name, tasks)
         raise FileNotFoundError(
             f"{path} has no task {name!r} under {kind!r}{hint}; there: "
             f"{', '.join(sorted(tasks)) or '-'}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from midstream.core.digests import is_hidden, is_note
 from midstream.core.identity import file_sha256
+from midstream.model.weights import some
 from midstream.study.imported import RECORD
 
 # What a model may lack: no answer depends on it, or it is computed.
@@ -25,6 +26,10 @@ _GREEDY = {
     "max_time": None,
 }
 _THOUGHTS, _THOUGHTS_END = "<think>", "</think>"
+LLAVAS_OWN = (
+    "is of LLaVA's own code (mm_vision_tower), whose files have other names and no tower; name the "
+    "same model as transformers has it (llava-hf/...)"
+)
 
 
 def open_config(name: str, trusted: dict[str, bool]) -> Any:
@@ -38,13 +43,11 @@ def open_config(name: str, trusted: dict[str, bool]) -> Any:
     folder = Path(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"{name} is an adapter without its model; merge the two (peft: merge_and_unload, "
-            "save_pretrained) and name the folder that this writes"
+            f"{name} is an adapter without its model; merge the two by peft, and name what it saves"
         )
     if (folder / RECORD).is_file():
         raise ValueError(
-            f"{name} was imported for recipes, which evaluate it; to ask "
-            "it here name the folder or the hub's name that it came from"
+            f"{name} was imported for recipes, which evaluate it; here name what it came from"
         )
     try:
         if folder.is_dir() and not (folder / "config.json").is_file():
@@ -53,14 +56,12 @@ def open_config(name: str, trusted: dict[str, bool]) -> Any:
     except OSError as error:
         told = str(error).split("\n")[0]
         raise FileNotFoundError(
-            f"{name} does not exist or holds no config.json, and the hub gives no such "
-            f"model ({told}); give a model's whole folder, or its name on the hub"
+            f"{name} does not exist or holds no config.json ({told}); give a model's folder or name"
         ) from None
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{name} brings code of its own, without which it cannot be opened; read that "
-                "code, then say --trust-remote-code"
+                f"{name} brings code of its own, to be read first; then say --trust-remote-code"
             ) from None
         told = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(
@@ -69,10 +70,7 @@ def open_config(name: str, trusted: dict[str, bool]) -> Any:
         ) from None
 
     if hasattr(config, "mm_vision_tower") and not hasattr(config, "auto_map"):
-        raise ValueError(
-            f"{name} is of LLaVA's own code (mm_vision_tower), whose files have other names and no "
-            "tower; name the same model as transformers has it (llava-hf/...)"
-        )
+        raise ValueError(f"{name} {LLAVAS_OWN}")
     return config
 
 
@@ -129,12 +127,10 @@ def open_processor(name: str, config: Any, trusted: dict[str, bool]) -> Any:
         absent = not transformers.utils.is_torchvision_available()
         if absent and any(word in told.lower() for word in ("torchvision", "video")):
             raise ValueError(
-                f"{name}: its processor needs torchvision, which is not installed; "
-                "pip install torchvision"
+                f"{name}: its processor needs torchvision; pip install torchvision"
             ) from None
     raise ValueError(
-        f"{name} has weights and no processor {lacks}; put its processor_config.json or "
-        "preprocessor_config.json beside the weights"
+        f"{name} has weights and no processor {lacks}; put its preprocessor_config.json there"
     )
 
 
@@ -154,8 +150,7 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
         offers = f" (its own code offers {', '.join(own)}, not {kind})" if own else ""
         raise ValueError(
             f"{name} is a {config.model_type}, of which transformers {_version('transformers')} "
-            f"has no model that writes text{offers}; name a language model or a vision-language "
-            "model that has one"
+            f"has no model that writes text{offers}; name a model that has one"
         )
     logging = transformers.logging
     verbosity = logging.get_verbosity()
@@ -176,17 +171,15 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
     ]
     if wrong:
         raise ValueError(
-            f"{name}: its weight files do not fit its config.json: {_few(sorted(wrong))}; put the "
-            "sizes that they were saved with into config.json"
+            f"{name}: its weight files do not fit its config.json: {some(wrong)}; put theirs there"
         )
-    lacking = sorted(one for one in told["missing_keys"] if not _SPARE.search(one))
+    lacking = [one for one in told["missing_keys"] if not _SPARE.search(one)]
     if lacking:
-        foreign = sorted(told["unexpected_keys"])
-        held = f" and hold {_few(foreign)} in their place" if foreign else ""
+        foreign = told["unexpected_keys"]
+        held = f" and hold {some(foreign)} in their place" if foreign else ""
         raise ValueError(
-            f"{name}: its weight files lack {_few(lacking)} of a {type(model).__name__}{held}; "
-            "nothing is drawn at random: give the whole folder that save_pretrained wrote (an "
-            "adapter merged, names without what a trainer put before them)"
+            f"{name}: its weight files lack {some(lacking)} of a {type(model).__name__}{held}; "
+            f"nothing is drawn at random: give all that save_pretrained wrote, an adapter merged"
         )
     settings = getattr(model, "generation_config", None)
     for key, value in _GREEDY.items() if settings is not None else ():
@@ -195,11 +188,6 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
     if settings is not None and not _has_row(settings.pad_token_id, rows):
         settings.pad_token_id = None  # an answer that ended is filled up with its end
     return model
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def without_thoughts(text: str) -> str:

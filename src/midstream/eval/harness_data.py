@@ -40,16 +40,14 @@ def split_files(
         there = ", ".join(str(path.relative_to(folder)) for path in data[:10]) or "no data file"
         raise FileNotFoundError(
             f"text task {name}: {folder} holds no file of the split {split!r}, only {there}; put "
-            f"the data set's files there as its hub has them, such as {split}.parquet, .jsonl or "
-            ".csv"
+            f"the data set's files there as its hub has them, such as {split}.parquet"
         )
     places = sorted({str(path.parent.relative_to(folder)) for path in named})
     strange = {Path(place).name for place in places} - {"", "data", "default", *_SPLITS}
     if configuration and not root.is_dir() and (strange or len(places) > 1):
         raise ValueError(
             f"text task {name}: {folder} holds {split!r} in {', '.join(places[:5])} and no folder "
-            f"{configuration}, whose files alone are the task's; put them into "
-            f"{folder / configuration}"
+            f"{configuration}, whose files alone are the task's; make it"
         )
     kind, *others = {_kind(path) or "" for path in named}
     if others:

@@ -18,7 +18,7 @@ from midstream.data.examples import (
 )
 from midstream.data.images import Encode, decode_pixels
 from midstream.eval.benchmark_records import Shown, all_pictures, places
-from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
+from midstream.eval.tasks import Ask, GoOn, Reply, reply_tokens, telling
 from midstream.model.generate import (
     choice_logprobs,
     generate,
@@ -64,58 +64,52 @@ class ModelAnswerer:
         # The newest last; see `_KEPT_BYTES`.
         self._features: dict[Path, np.ndarray] = {}
 
-    def reply(
-        self,
-        prompts: Texts,
-        images: Images,
-        choices: Lists,
-        golds: Sequence[str | None],
-        writes: Sequence[bool],
-    ) -> list[Reply]:
+    def reply(self, asked: Sequence[Ask]) -> list[Reply]:
         """See `eval.tasks.Answerer`: greedy up to a separator, end-of-text or agent-stop, special
         tokens left out; all that is asked of a prompt is read off one reading of it.
 
         A picture is encoded once, and what several prompts begin with (a picture, shots) is read
         once. Raises ValueError for a picture given to a model without an encoder.
         """
-        replies = [Reply("", [], None)] * len(prompts)
+        replies = [Reply("", [], None)] * len(asked)
         for limit in (self.max_new_tokens, 0):
-            wanted = [i for i, written in enumerate(writes) if written == (limit > 0)]
-            for own, paths in self._parted_by_pictures(wanted, images):
+            wanted = [i for i, one in enumerate(asked) if one.writes == (limit > 0)]
+            for own, paths in self._parted_by_pictures(wanted, asked):
                 number = {path: index for index, path in enumerate(paths)}
                 found = generate_and_score(
                     self.model,
-                    [self._prompt(prompts[i], images[i], number) for i in own],
+                    [self._prompt(asked[i], number) for i in own],
                     self._look(paths) if paths else None,
-                    [self._asked(choices[i], golds[i]) for i in own],
+                    [self._continuations(asked[i]) for i in own],
                     max_new_tokens=limit,
                     stop_ids=self.codec.stop_ids,
                     batch_size=self.batch_size,
                 )
                 for i, (ids, scores) in zip(own, found, strict=True):
                     values = [value for value, _ in scores]
-                    gold = None if golds[i] is None else values.pop()
+                    gold = None if asked[i].gold is None else values.pop()
                     replies[i] = Reply(self.codec.decode(ids).strip(), values, gold)
         return replies
 
     def _parted_by_pictures(
-        self, wanted: Sequence[int], images: Images
+        self, wanted: Sequence[int], asked: Sequence[Ask]
     ) -> Iterator[tuple[list[int], list[Path]]]:
         """The wanted questions, so many at a time that the features of their pictures can be held,
         and these pictures."""
         own, paths = list[int](), set[Path]()
         for i in wanted:
-            more = {*all_pictures(images[i])} - paths
+            more = {*all_pictures(asked[i].image)} - paths
             if own and len(paths) + len(more) > _PICTURES_OF_ROW * self.batch_size:
                 yield own, sorted(paths)
-                own, paths, more = [], set(), {*all_pictures(images[i])}
+                own, paths, more = [], set(), {*all_pictures(asked[i].image)}
             own.append(i)
             paths |= more
         if own:
             yield own, sorted(paths)
 
-    def _prompt(self, text: str, image: Path | Shown | None, number: dict[Path, int]) -> Prompt:
+    def _prompt(self, ask: Ask, number: dict[Path, int]) -> Prompt:
         """A question laid out as in training, its pictures by their numbers."""
+        text, image = ask.prompt, ask.image
         if not isinstance(image, Shown):
             ids = tuple(question_ids(self.codec, text, has_image=image is not None))
             first = () if image is None else tuple(self.codec.begin_ids)
@@ -138,11 +132,11 @@ class ModelAnswerer:
             before, rest = Part(), before.then(rest)
         return Prompt(before, rest, prefix)
 
-    def _asked(self, choices: Sequence[str], gold: str | None) -> list[list[int]]:
+    def _continuations(self, ask: Ask) -> list[list[int]]:
         # As in training: behind a separator, a text of their own.
-        texts = [*choices] if gold is None else [*choices, gold]
+        texts = [*ask.choices, *([] if ask.gold is None else [ask.gold])]
         whole = reply_tokens(self.codec.encode, "", [f" {text}" for text in texts])
-        return telling(whole[: len(choices)]) + whole[len(choices) :]
+        return telling(whole[: len(ask.choices)]) + whole[len(ask.choices) :]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): summed log-probability, and whether it is greedy.
@@ -195,15 +189,14 @@ class ModelAnswerer:
     def _text_ids(self, text: str) -> list[int]:
         return self.codec.begin_ids + self.codec.encode(text)
 
-    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
+    def generate_until(self, asked: Sequence[GoOn]) -> list[str]:
         """Greedy continuations of plain texts, up to end-of-text or the first of a text's stops."""
-        heads = [self._text_ids(text) or [self._prefix] for text in contexts]
-        results = [""] * len(contexts)
-        for limit in sorted(set(max_new_tokens)):
-            chosen = [i for i, most in enumerate(max_new_tokens) if most == limit]
+        results = [""] * len(asked)
+        for limit in sorted({most for _, _, most in asked}):
+            chosen = [i for i, (_, _, most) in enumerate(asked) if most == limit]
             found = generate(
                 self.model,
-                [heads[i] for i in chosen],
+                [self._text_ids(asked[i][0]) or [self._prefix] for i in chosen],
                 None,
                 max_new_tokens=limit,
                 stop_ids=frozenset({self.codec.end_of_text}),
@@ -212,7 +205,7 @@ class ModelAnswerer:
             )
             for i, ids in zip(chosen, found, strict=True):
                 text = self.codec.decode(ids)
-                places = [text.find(stop) for stop in stops[i] if stop and stop in text]
+                places = [text.find(stop) for stop in asked[i][1] if stop and stop in text]
                 results[i] = text[: min(places)] if places else text
         return results
 

@@ -42,6 +42,7 @@ _SAID = re.compile(
 )
 _KNOWN = {*_KEYS.values()}
 _SEPARATORS = "\t,;"
+_EITHER = "and one may be the gold answer; put the prediction under 'prediction'"
 _LINES = "give JSON lines of question_id and answer, or a table whose first line names its columns"
 _LAYOUTS = {
     "JSON of answers": ("question_id", "answer"),
@@ -198,9 +199,7 @@ def _excel_rows(path: Path) -> list[Sequence[Any]]:
         sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).active
         return list(sheet.iter_rows(values_only=True))
     except Exception as error:  # a broken workbook raises anything
-        raise ValueError(
-            f"{path} is no whole Excel table ({error}); save it anew, or as .tsv"
-        ) from None
+        raise ValueError(f"{path} is no whole Excel table ({error}); save it anew") from None
 
 
 def _parquet_rows(path: Path) -> list[Sequence[Any]]:
@@ -245,16 +244,12 @@ def _prediction(value: Any, where: str) -> Prediction:
     if len(others) == 1 and not keys:
         keys = others
     elif others and keys and not set(keys) - {"answer", "text"}:
-        raise ValueError(
-            f"{where} has {keys[0]!r} beside {others[0]!r}, and one may be the gold answer; "
-            "put the prediction under 'prediction'"
-        )
+        raise ValueError(f"{where} has {keys[0]!r} beside {others[0]!r}, {_EITHER}")
     # LLaVA's files hold the question under "prompt" and the answer under "text"; a question file
     # with answers in it the question under "text" and the answer under "answer".
     if keys == ["answer", "text"] and any(key in value for key in _QUESTIONS):
         raise ValueError(
-            f"{where} has both an 'answer' and a 'text' beside its question, and one of them may "
-            "be the gold answer; put the prediction under 'prediction'"
+            f"{where} has both an 'answer' and a 'text' beside its question, {_EITHER}"
         )
     if not keys:
         raise ValueError(f"{where} has no answer, only {', '.join(given)}; {_nearest(given)}")
@@ -274,8 +269,7 @@ def _prediction(value: Any, where: str) -> Prediction:
     except ValueError:
         told = textwrap.shorten(repr(value[keys[0]]), 200)
         raise ValueError(
-            f"{where} has {told} under {keys[0]!r}, which is no answer; give one text, one number, "
-            "or the four numbers of a box"
+            f"{where} has {told} under {keys[0]!r}, which is no answer; give a text, number or box"
         ) from None
     place = place if isinstance(place, int) else None
     beside = tuple(texts) if keys[0] in ("answer", "text") else ()

@@ -235,8 +235,7 @@ def _by_id(task: VisualTask, predictions: Sequence[Prediction]) -> dict[str, Pre
             return None
         if own[0].example_id in found:
             raise ValueError(
-                f"{prediction.where} answers question {prediction.name} a second time; keep one "
-                "answer to each"
+                f"{prediction.where} answers question {prediction.name} a second time; keep one"
             )
         found[own[0].example_id] = prediction
     return found
@@ -352,9 +351,8 @@ def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -
     if unknown and len(unknown) < len(predictions):
         raise ValueError(
             f"{unknown[0].where} answers question {unknown[0].name}, which {task.name} does not "
-            f"have ({len(unknown):,} of {len(predictions):,} predictions are of no question here); "
-            "are they of another split, or the annotations of another release or a cut "
-            "(--ignore-unknown)?"
+            f"have ({len(unknown):,} of {len(predictions):,} predictions); are they of another "
+            "split, release or cut (--ignore-unknown)?"
         )
     if len(predictions) == len(task.examples) and all(one.question for one in predictions):
         _refuse_others(list(zip(predictions, task.examples, strict=True)), task, path)

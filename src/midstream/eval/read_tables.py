@@ -1,24 +1,170 @@
-"""Benchmarks as the hub has them, Parquet tables with pictures in their cells (lmms-lab's) ->
-examples, as `readers` makes them of the official files (docs/evaluation.md)."""
+"""Benchmarks in Parquet tables with pictures in their cells: those that ask about several pictures,
+and what the hub (lmms-lab) has of others -> examples, as `readers` makes them of the official files
+(docs/evaluation.md). NLVR2, whose pictures are files, stands with its like."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from midstream.config.training import is_pool
 from midstream.core.digests import is_hidden, is_note
+from midstream.data.formats.record_files import columns_of, table_rows
 from midstream.eval.benchmark_records import (
     UNPACKED,
     Pictures,
     Record,
     VisualExample,
+    find_file,
     gqa_kinds,
+    lines,
+    marked,
+    missing,
+    split_of,
 )
-from midstream.eval.read_several import rows
+from midstream.eval.read_answers import choice_letter
 from midstream.eval.readers import POPE_SPLITS, Asked, reader, ten, with_options
+from midstream.eval.scoring import LETTERS
 
 Read = Callable[..., list[VisualExample]]
 _OFFICIAL = (".json", ".jsonl", ".p", ".csv", ".gz")
+# Mantis-Eval's own wordings.
+_MULTI_CHOICE = "Answer with the option's letter from the given choices directly."
+_SHORT_ANSWER = (
+    "Given the images, answer the following short answer vqa question:\nQ: {question}\nYou can "
+    'first give your analysis, and then give your final answer as "Final Answer:"'
+)
+
+
+@reader("dev", "test1", "test", "train")
+def read_nlvr2(folder: Path, look: Pictures) -> Asked:
+    """NLVR2's public test, or its development set: a sentence about a left and a right picture;
+    gold is "True" or "False"."""
+    split = split_of(folder, "test1")
+    patterns = (f"{split}.json", "dev.json", f"*{split}*.json*", "*dev*.json*")
+    path = find_file(folder, *(patterns[::2] if split == "train" else patterns))
+    for record in lines(path):
+        key = record.text("identifier")
+        pair, dash, _ = key.rpartition("-")
+        if not dash or len(key.split("-")) != 4:
+            record.refuse(f"its identifier {key!r} is not split-set-pair-sentence")
+        label = str(record.value.get("label")).capitalize()  # some write true
+        if label not in ("True", "False"):
+            record.refuse(f"its label is {label!r}, neither True nor False")
+        # Training pictures lie in folders by number.
+        inside = f"{record.identifier('directory')}/" if "directory" in record else ""
+        names = [f"{pair}-img{side}.png" for side in (0, 1)]
+        left, right = (look.find(record, name, f"{inside}{name}") for name in names)
+        example = VisualExample(key, record.text("sentence"), left, label, more=(right,))
+        yield record, replace(example, choices=("True", "False"))
+
+
+@reader()
+def read_blink(folder: Path, look: Pictures) -> Asked:
+    """BLINK's validation tables, a folder a task, which weigh alike; gold is a letter's index."""
+    tables = sorted(folder.glob("*/val*.parquet")) or sorted(folder.glob("**/val*.parquet"))
+    tables = tables or missing(folder / "val-0.parquet")
+    columns = ["idx", "question", "choices", "answer", "prompt", "image_1"]
+    for record in rows(tables, columns, ("image_2", "image_3", "image_4", "sub_task")):
+        options = record.texts("choices", least=2)
+        shown = [record.value[f"image_{n}"] for n in range(1, 5) if f"image_{n}" in record]
+        split = record.text("sub_task") if "sub_task" in record else Path(record.where).parent.name
+        gold = _lettered(record, record.text("answer"), options)
+        yield (
+            record,
+            _example(record, record.text("idx"), record.text("prompt"), shown, look, gold, split),
+        )
+
+
+@reader()
+def read_muirbench(folder: Path, look: Pictures) -> Asked:
+    """MuirBench's test table; pictures stand in the question and in its options."""
+    tables = sorted(folder.glob("**/test*.parquet")) or missing(folder / "test-0.parquet")
+    columns = ["idx", "question", "options", "answer", "image_list"]
+    for record in rows(tables, columns, ("task", "image_relation", "image_type")):
+        options = record.texts("options", least=2)
+        gold = _lettered(record, record.text("answer"), options)
+        text = f"Question: {record.text('question')}\nChoices:{_listed(options)}"
+        kinds = record.kinds("task", "image_relation")
+        key, shown = record.identifier("idx"), record.get("image_list", list)
+        yield record, _example(record, key, text, shown, look, gold, kinds=kinds)
+
+
+@reader()
+def read_mantis_eval(folder: Path, look: Pictures) -> Asked:
+    """Mantis-Eval's test table: questions with options, and free ones (`answers`)."""
+    tables = sorted(folder.glob("**/test*.parquet")) or missing(folder / "test-0.parquet")
+    columns = ["id", "question_type", "question", "images", "options", "answer"]
+    for record in rows(tables, columns, ("category",)):
+        kind = record.one_of("question_type", "multi-choice", "short-answer")
+        text, answer = record.text("question"), record.text("answer")
+        kinds = record.kinds("question_type", "category")
+        key, shown = record.identifier("id"), record.get("images", list)
+        if kind == "short-answer":
+            gold: dict[str, Any] = {"answers": [answer]}
+            text = _SHORT_ANSWER.replace("{question}", text)
+        else:
+            options = [_unlettered(option, at) for at, option in enumerate(record.texts("options"))]
+            gold = _lettered(record, answer, options)
+            text = f"{text}{_listed(options, ' ')}\n{_MULTI_CHOICE}"
+        yield record, _example(record, key, text, shown, look, gold, kinds=kinds)
+
+
+def rows(tables: Sequence[Path], columns: list[str], further: Sequence[str]) -> Iterator[Record]:
+    """The rows of tables as records; `further` columns may be missing."""
+    for table in tables:
+        names = set(columns_of(str(table)).names)
+        if lacking := [name for name in columns if name not in names]:
+            raise ValueError(
+                f"{table} has no column {lacking[0]!r}, only {', '.join(sorted(names))}; give the "
+                "official table"
+            )
+        held = [*columns, *(name for name in further if name in names)]
+        for number, row in enumerate(table_rows(str(table), held)):
+            value = {name: cell.as_py() for name, cell in zip(held, row, strict=True)}
+            yield Record(f"{table} row {number}", value)
+
+
+def _lettered(record: Record, answer: str, options: list[str]) -> dict[str, Any]:
+    if len(options) > len(LETTERS):
+        record.refuse(f"it has {len(options)} options, there are {len(LETTERS)} letters for them")
+    index = choice_letter(answer, len(options))
+    if index is None:
+        record.refuse(f"its answer {answer!r} names none of its {len(options)} options by a letter")
+    return {"index": index, "choices": options}
+
+
+def _listed(options: list[str], lead: str = "") -> str:
+    pairs = zip(LETTERS, options, strict=False)
+    return "".join(f"\n{lead}({letter}) {option}" for letter, option in pairs)
+
+
+def _unlettered(option: str, at: int) -> str:
+    """An option without the letter that it has before it in some records."""
+    return re.sub(rf"^\s*\(?{LETTERS[at : at + 1]}[).:]\s*", "", option).strip()
+
+
+def _example(
+    record: Record,
+    key: str,
+    text: str,
+    shown: list[Any],
+    look: Pictures,
+    gold: dict[str, Any],
+    split: str = "",
+    kinds: dict[str, str] | None = None,
+) -> VisualExample:
+    """A question with the pictures of a table's cells; those without a mark stand before it."""
+    if not shown:
+        record.refuse("it has no pictures")
+    text = marked(record, text, len(shown))
+    first, *more = (look.unpack(record, value) for value in shown)
+    choices = tuple(gold.get("choices", ()))
+    return VisualExample(key, text, first, gold, split, kinds or {}, choices, more=tuple(more))
+
+
+# ------------------------------------------------------------------- other benchmarks in tables
 
 
 def or_tables(read: Read, tables: Read) -> Read:
@@ -132,6 +278,5 @@ def _tables(folder: Path, *alternatives: tuple[str, ...]) -> list[Path]:
             return named
     names = ", ".join(str(path.relative_to(folder)) for path in there[:10]) or "no table"
     raise FileNotFoundError(
-        f"{folder} holds {names} and none of the split {wanted[0][0]}; fetch its tables, or the "
-        "official files (docs/evaluation.md)"
+        f"{folder} holds {names} and none of the split {wanted[0][0]}; fetch its tables"
     )

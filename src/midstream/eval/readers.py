@@ -236,9 +236,8 @@ def ten(answers: list[str], record: Record) -> list[str]:
     """Ten people's answers; refuses more or fewer."""
     if len(answers) != NUM_VQA_ANSWERS:
         record.refuse(
-            f"it has {len(answers)} answers, the metric compares {NUM_VQA_ANSWERS} people's (for "
-            "questions with one answer each there is format qa: JSON lines of question, answer and "
-            "image, docs/evaluation.md)"
+            f"it has {len(answers)} answers, the metric compares {NUM_VQA_ANSWERS} people's (of "
+            "questions with one answer each make format qa, docs/evaluation.md)"
         )
     return answers
 

@@ -29,10 +29,22 @@ from midstream.eval.scoring import BENCHMARKS, VISUAL_CHANCE, Numbers
 __all__ = ["VISUAL_FORMATS", "Answerer", "VisualExample", "VisualFormat"]
 
 Score = Callable[[str, Any], float]
-Texts = Sequence[str]
-Lists = Sequence[Sequence[str]]
-Limits = Sequence[int]
-Images = Sequence[Path | Shown | None]
+
+
+class Ask(NamedTuple):
+    """A question: its prompt is the user's message alone; no `image` is one without a picture, a
+    path one behind that picture, `Shown` one with several in their places. `writes`: whether an
+    answer is written; of `choices` and the `gold` answer the log-probabilities are asked for."""
+
+    prompt: str
+    image: Path | Shown | None = None
+    choices: Sequence[str] = ()
+    gold: str | None = None
+    writes: bool = True
+
+
+# A plain text to go on with, where to stop, and behind how many tokens at the latest.
+GoOn = tuple[str, Sequence[str], int]
 
 
 class Reply(NamedTuple):
@@ -46,26 +58,17 @@ class Reply(NamedTuple):
 
 @runtime_checkable
 class Answerer(Protocol):
-    """A model as the evaluation sees it. `prompts` are the user's message alone: the turn's
-    "In: ... Out:" and the separators are added inside."""
+    """A model as the evaluation sees it; "In: ... Out:" and the separators are added inside."""
 
     @property
     def weights_digest(self) -> str:
         """Stands for the weights that answer."""
         ...
 
-    def reply(
-        self,
-        prompts: Texts,
-        images: Images,
-        choices: Lists,
-        golds: Sequence[str | None],
-        writes: Sequence[bool],
-    ) -> list[Reply]:
-        """For each prompt, None being one without a picture, a path one behind that picture,
-        `Shown` one with several in their places: where it `writes` its greedy answer;
-        the log-probability of each of its choices as the reply, of their first tokens where these
-        differ from one another, else of the whole; and of the gold answer, always of the whole.
+    def reply(self, asked: Sequence[Ask]) -> list[Reply]:
+        """For each question its greedy answer where one is written; the log-probability of each of
+        its choices as the reply, of their first tokens where these differ from one another, else of
+        the whole; and of the gold answer, always of the whole.
 
         What stands behind a reply, its end, is no part of it.
         """
@@ -84,8 +87,8 @@ class Answerer(Protocol):
         """The log-probability of each whole text."""
         ...
 
-    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
-        """Greedy continuations of plain texts, each up to the first of its stops."""
+    def generate_until(self, asked: Sequence[GoOn]) -> list[str]:
+        """Greedy continuations, each up to the first of its stops."""
         ...
 
 
@@ -168,9 +171,8 @@ def _format(name: str, row: Mapping[str, Any]) -> VisualFormat:
         "official_prompt": BENCHMARKS["prompts"][row["official_prompt"]],
         "variants": {who: getattr(scoring, own) for who, own in row.get("variants", {}).items()},
     }
-    if "parse" in row:
-        changed |= {"parse": getattr(read_answers, row["parse"])}
-        changed |= {"reads": BENCHMARKS["reads"][row["parse"]]}
+    if parse := row.get("parse"):
+        changed |= {"parse": getattr(read_answers, parse), "reads": BENCHMARKS["reads"][parse]}
     for key, own in scorers.items():
         module = "" if "." in own else "scoring."
         changed[key] = resolve_name(f"midstream.eval.{module}{own}")
@@ -289,8 +291,7 @@ def _copa(record: Record) -> Doc:
     choices = record.texts("choices")
     if question is None or len(choices) != 2:
         record.refuse(
-            f"its query ends with {connector!r}, not with because or therefore, or its "
-            "choices are not two"
+            f"its query ends with {connector!r}, not because or therefore, or not two choices"
         )
     doc = {"premise": premise + ".", "question": question, "label": record.get("gold", int)}
     return doc | {"choice1": choices[0], "choice2": choices[1]}
@@ -327,9 +328,8 @@ def read_piqa(asked: Path, labels: Path) -> LocalTask:
             "one label, 0 or 1: give the two files of one release"
         )
     docs: list[Doc] = [{key: one.text(key) for key in ("goal", "sol1", "sol2")} for one in records]
-    return LocalTask(
-        tuple(doc | {"label": int(gold)} for doc, gold in zip(docs, golds, strict=True))
-    )
+    pairs = zip(docs, golds, strict=True)
+    return LocalTask(tuple(doc | {"label": int(gold)} for doc, gold in pairs))
 
 
 def read_pubmedqa(questions: Path, path: Path) -> LocalTask:
@@ -359,8 +359,7 @@ def read_hellaswag(path: Path) -> LocalTask:
         activity, mark, context = rows[number].partition(": ")
         if not mark or rows[number + 1] not in ("0", "1", "2", "3"):
             raise ValueError(
-                f"{path} line {number + 1}: a task is 'activity: context', a label 0 to 3 and four "
-                "endings; mend these lines"
+                f"{path} line {number + 1}: a task is 'activity: context', a label, four endings"
             )
         doc: Doc = {"activity_label": activity, "ctx_a": context, "ctx_b": ""}
         docs.append(doc | {"label": rows[number + 1], "endings": rows[number + 2 : number + 6]})

@@ -188,8 +188,7 @@ def _check_askable(name: str, leaf: Any) -> None:
     }
     if why := next((why for why, holds in reasons.items() if holds), None):
         raise ValueError(
-            f"text task {name} {why}; ask tasks of lm-evaluation-harness with choices, greedy "
-            "answers or whole texts (arc_easy, gsm8k, wikitext)"
+            f"text task {name} {why}; ask one with choices, greedy answers or whole texts"
         )
 
 
@@ -235,10 +234,9 @@ def adapt(answerer: Answerer) -> Any:
         def generate_until(self, requests: list[Any]) -> list[str]:
             """As the harness asks it."""
             settings = [normalize_gen_kwargs(r.args[1], _MAX_NEW_TOKENS) for r in requests]
+            pairs = zip(requests, settings, strict=True)
             return answerer.generate_until(
-                [request.args[0] for request in requests],
-                [given["until"] for given in settings],
-                [int(given["max_gen_toks"]) for given in settings],
+                [(r.args[0], given["until"], int(given["max_gen_toks"])) for r, given in pairs]
             )
 
     return AnswererLM()

@@ -23,7 +23,7 @@ from midstream.eval.foreign_model import (
     open_weights,
     without_thoughts,
 )
-from midstream.eval.tasks import Images, Limits, Lists, Reply, Texts, reply_tokens, telling
+from midstream.eval.tasks import Ask, GoOn, Reply, reply_tokens, telling
 
 # Made by some processors for models that do not take them, or for training alone.
 _UNASKED = ("token_type_ids", "labels")
@@ -102,8 +102,7 @@ class TransformersAnswerer:
         bare = self._rendered([_turn("user", "What?", [])])
         if shown == bare or "'type': 'image'" in shown:
             raise ValueError(
-                f"{self.name}: its chat template drops the picture of a message; put the template "
-                "that the model was trained with into its folder as chat_template.jinja"
+                f"{self.name}: its chat template drops the picture; mend chat_template.jinja"
             )
         self._checked = True
 
@@ -114,76 +113,54 @@ class TransformersAnswerer:
             if held is None and getattr(self.tokenizer, "chat_template", None) is not None:
                 known = "its tokenizer's, which the processor does not use"
             raise ValueError(
-                f"{self.name} has no chat template, so that nobody knows how it is asked (known: "
-                f"{known or 'none'}); put one into its folder as chat_template.jinja"
+                f"{self.name} has no chat template (known: {known or 'none'}); put one there"
             )
 
     @torch.no_grad()
-    def reply(
-        self,
-        prompts: Texts,
-        images: Images,
-        choices: Lists,
-        golds: Sequence[str | None],
-        writes: Sequence[bool],
-    ) -> list[Reply]:
+    def reply(self, asked: Sequence[Ask]) -> list[Reply]:
         """See `eval.tasks.Answerer`; what is likely is read off a generation of its own."""
-        replies = [Reply("", [], None)] * len(prompts)
-        free = [i for i, written in enumerate(writes) if written]
-        texts = self._write([prompts[i] for i in free], [images[i] for i in free])
-        for i, text in zip(free, texts, strict=True):
-            replies[i] = Reply(text, [], None)
-        asked = [i for i, own in enumerate(choices) if own or golds[i] is not None]
-        found = self._likely(
-            [prompts[i] for i in asked],
-            [images[i] for i in asked],
-            [choices[i] for i in asked],
-            [golds[i] for i in asked],
-        )
-        for i, values in zip(asked, found, strict=True):
-            gold = None if golds[i] is None else values.pop()
-            replies[i] = replies[i]._replace(choices=values, gold=gold)
+        replies = [Reply("", [], None)] * len(asked)
+        for part in self._parts(asked, [i for i, one in enumerate(asked) if one.writes]):
+            for i, text in zip(part, self._write([asked[i] for i in part]), strict=True):
+                replies[i] = Reply(text, [], None)
+        weighed = [i for i, one in enumerate(asked) if one.choices or one.gold is not None]
+        for part in self._parts(asked, weighed):
+            for i, values in zip(part, self._likely([asked[i] for i in part]), strict=True):
+                gold = None if asked[i].gold is None else values.pop()
+                replies[i] = replies[i]._replace(choices=values, gold=gold)
         return replies
 
-    def _write(self, prompts: Texts, images: Images) -> list[str]:
-        """Greedy answers, one a prompt; thoughts (`<think>`) before them are left out."""
-        texts = [""] * len(prompts)
-        for part in self._parts(images):
-            inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
-            found = self.model.generate(
-                **inputs, **self._stops, do_sample=False, max_new_tokens=self.max_new_tokens
-            )
-            new = found[:, inputs["input_ids"].shape[1] :]
-            told = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for i, text in zip(part, told, strict=True):
-                texts[i] = without_thoughts(text)
-        return texts
+    def _write(self, asked: Sequence[Ask]) -> list[str]:
+        """Greedy answers, one a question; thoughts (`<think>`) before them are left out."""
+        inputs = self._inputs(asked)
+        found = self.model.generate(
+            **inputs, **self._stops, do_sample=False, max_new_tokens=self.max_new_tokens
+        )
+        new = found[:, inputs["input_ids"].shape[1] :]
+        told = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [without_thoughts(text) for text in told]
 
-    def _likely(
-        self, prompts: Texts, images: Images, choices: Lists, golds: Sequence[str | None]
-    ) -> list[list[float]]:
+    def _likely(self, asked: Sequence[Ask]) -> list[list[float]]:
         """Log-probabilities of the choices, and of the gold answer behind them where there is
-        one; a prompt has one of these at least."""
-        results: list[list[float]] = [[] for _ in prompts]
-        for part in self._parts(images):
-            inputs = self._inputs([prompts[i] for i in part], [images[i] for i in part])
-            # Padding stands on the left.
-            ends = self.tokenizer.batch_decode(inputs["input_ids"][:, -1:])
-            replies, short = [], True
-            for i, end in zip(part, ends, strict=True):
-                gold = golds[i]
-                texts = [*choices[i]] if gold is None else [*choices[i], gold]
-                whole = self._replies(prompts[i], images[i], texts, end)
-                own = telling(whole[: len(choices[i])])
-                short = short and all(len(ids) == 1 for ids in own)
-                replies.append(own + whole[len(choices[i]) :])
-            # First tokens are read off the first step of writing the last reply, the gold one.
-            for place in [-1] if short else range(max(map(len, replies))):
-                logprobs = self._written(inputs, [own[min(place, len(own) - 1)] for own in replies])
-                for row, (i, own) in enumerate(zip(part, replies, strict=True)):
-                    for ids in own if short else own[place : place + 1]:
-                        steps = zip(logprobs, ids, strict=False)
-                        results[i].append(sum(float(step[row, token]) for step, token in steps))
+        one; a question has one of these at least."""
+        results: list[list[float]] = [[] for _ in asked]
+        inputs = self._inputs(asked)
+        # Padding stands on the left.
+        ends = self.tokenizer.batch_decode(inputs["input_ids"][:, -1:])
+        replies, short = [], True
+        for one, end in zip(asked, ends, strict=True):
+            texts = [*one.choices, *([] if one.gold is None else [one.gold])]
+            whole = self._replies(one, texts, end)
+            own = telling(whole[: len(one.choices)])
+            short = short and all(len(ids) == 1 for ids in own)
+            replies.append(own + whole[len(one.choices) :])
+        # First tokens are read off the first step of writing the last reply, the gold one.
+        for place in [-1] if short else range(max(map(len, replies))):
+            logprobs = self._written(inputs, [own[min(place, len(own) - 1)] for own in replies])
+            for row, own in enumerate(replies):
+                for ids in own if short else own[place : place + 1]:
+                    steps = zip(logprobs, ids, strict=False)
+                    results[row].append(sum(float(step[row, token]) for step, token in steps))
         return results
 
     def _written(self, inputs: dict[str, Any], replies: list[list[int]]) -> list[torch.Tensor]:
@@ -218,22 +195,21 @@ class TransformersAnswerer:
         """Of whole texts, by lm-evaluation-harness's `hf` model."""
         return self._asked("loglikelihood_rolling", [(text,) for text in texts])
 
-    def generate_until(self, contexts: Texts, stops: Lists, max_new_tokens: Limits) -> list[str]:
+    def generate_until(self, asked: Sequence[GoOn]) -> list[str]:
         """Greedy continuations of plain texts, by lm-evaluation-harness's `hf` model.
 
         Raises ValueError for as many new tokens as the model holds in all.
         """
-        longest, room = max(max_new_tokens, default=0), self._harness_model.max_length
-        if longest >= room:
+        longest = max((limit for _, _, limit in asked), default=0)
+        if longest >= (room := self._harness_model.max_length):
             raise ValueError(
-                f"{self.name} holds {room:,} tokens and is asked for {longest:,} new ones; leave "
-                "tasks with written answers out"
+                f"{self.name} holds {room:,} tokens and is asked for {longest:,} new ones"
             )
-        settings = [
-            {"until": list(own), "max_gen_toks": limit, "do_sample": False}
-            for own, limit in zip(stops, max_new_tokens, strict=True)
+        requests = [
+            (context, {"until": list(stops), "max_gen_toks": limit, "do_sample": False})
+            for context, stops, limit in asked
         ]
-        return self._asked("generate_until", list(zip(contexts, settings, strict=True)))
+        return self._asked("generate_until", requests)
 
     @cached_property
     def _harness_model(self) -> Any:
@@ -272,39 +248,37 @@ class TransformersAnswerer:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
-    def _parts(self, images: Images) -> Iterator[list[int]]:
+    def _parts(self, asked: Sequence[Ask], wanted: Sequence[int]) -> Iterator[list[int]]:
         # Processors want as many pictures of each prompt of a batch.
-        counts = [len(all_pictures(image)) for image in images]
-        for count in sorted(set(counts), key=lambda count: (count == 0, count)):
-            own = [i for i, mine in enumerate(counts) if mine == count]
+        counts = {i: len(all_pictures(asked[i].image)) for i in wanted}
+        for count in sorted(set(counts.values()), key=lambda count: (count == 0, count)):
+            own = [i for i in wanted if counts[i] == count]
             for start in range(0, len(own), self.batch_size):
                 yield own[start : start + self.batch_size]
 
-    def _inputs(self, prompts: Sequence[str], images: Images) -> dict[str, Any]:
-        """Prompts of equally many pictures, as the processor makes them.
+    def _inputs(self, asked: Sequence[Ask]) -> dict[str, Any]:
+        """Questions with equally many pictures, as the processor makes them.
 
         Raises ValueError that names a question which the processor cannot take.
         """
-        if images[0] is not None and not self._checked:
+        if asked[0].image is not None and not self._checked:
             self.check_pictures()
         self._check_template()
-        asked = [self._turns(*pair, opened=True) for pair in zip(prompts, images, strict=True)]
+        turns = [self._turns(one, opened=True) for one in asked]
         try:
-            return self._processed(asked)
+            return self._processed(turns)
         except Exception:  # whatever a processor's own code raises
-            for prompt, image, turns in zip(prompts, images, asked, strict=True):
-                self._check_one(prompt, image, turns)
+            for one, own in zip(asked, turns, strict=True):
+                self._check_one(one, own)
             raise
 
-    def _check_one(
-        self, prompt: str, image: Path | Shown | None, turns: list[dict[str, Any]]
-    ) -> None:
+    def _check_one(self, ask: Ask, turns: list[dict[str, Any]]) -> None:
         try:
             self._processed([turns])
         except Exception as error:
-            shown = " and ".join(map(str, all_pictures(image))) or "no picture"
+            shown = " and ".join(map(str, all_pictures(ask.image))) or "no picture"
             raise ValueError(
-                f"{self.name}: its processor cannot take the question {prompt[:80]!r} about "
+                f"{self.name}: its processor cannot take the question {ask.prompt[:80]!r} about "
                 f"{shown} ({type(error).__name__}: {' '.join(str(error).split())}); mend the "
                 "question or the picture, or leave it out of the benchmark's files"
             ) from error
@@ -349,14 +323,13 @@ class TransformersAnswerer:
         ways = (self.model.forward, self.model.prepare_inputs_for_generation)
         return {name for way in ways for name in inspect.signature(way).parameters} - {"labels"}
 
-    def _turns(
-        self, prompt: str, image: Path | Shown | None, *, opened: bool = False
-    ) -> list[dict[str, Any]]:
+    def _turns(self, ask: Ask, *, opened: bool = False) -> list[dict[str, Any]]:
         """The shots, and the question, each with its pictures in their places."""
+        image = ask.image
         shots = image.shots if isinstance(image, Shown) else ()
         shown = image.pictures if isinstance(image, Shown) else all_pictures(image)
         turns: list[dict[str, Any]] = []
-        for question, reply, pictures in (*shots, Shot(prompt, "", shown)):
+        for question, reply, pictures in (*shots, Shot(ask.prompt, "", shown)):
             if self.processor is None:
                 turns += [{"role": "user", "content": question}]
                 turns += [{"role": "assistant", "content": reply}] if reply else []
@@ -381,16 +354,13 @@ class TransformersAnswerer:
             )
         except (TemplateError, TypeError) as error:
             raise ValueError(
-                f"{self.name}: its chat template cannot lay a question out ({error}); put one that "
-                "can into its folder as chat_template.jinja"
+                f"{self.name}: its chat template cannot lay a question out ({error}); mend it"
             ) from None
         return str(text)
 
-    def _replies(
-        self, prompt: str, image: Path | Shown | None, texts: Sequence[str], end: str
-    ) -> list[list[int]]:
+    def _replies(self, ask: Ask, texts: Sequence[str], end: str) -> list[list[int]]:
         """Tokens of the replies behind their prompt, whose last token is `end`."""
-        asked = self._turns(prompt, image)
+        asked = self._turns(ask)
         head = self._rendered(asked)
         reply = {"role": "assistant", "content": texts[0]}
         if self.processor is not None:

@@ -127,8 +127,7 @@ def refuse(vlm: VLM, codec: TextCodec, encoder: VisionEncoder | None, out: Path)
         raise ValueError(f"{out} exists and is no exported folder; give another --out")
     if vlm.gated is not None and encoder is None:
         raise ValueError(
-            "the gated blocks of this model change text, too, and no text class computes them; "
-            "export the whole model, or the text stage that it came from"
+            "the gated blocks of this model change text, too; export it whole, or its text stage"
         )
     for module in (vlm, encoder):
         for name, value in module.state_dict().items() if module is not None else ():

@@ -99,10 +99,9 @@ def _check_tokenizer(folder: Path, codec: TextCodec, config: Any, *, chats: bool
             found = tokenizer(written)["input_ids"]
             if found != ids:
                 raise ValueError(
-                    f"{type(tokenizer).__name__}, by which transformers reads tokenizers of "
-                    f"{config.model_type} models, makes {found[:20]} of {written[:40]!r}, the "
-                    f"model was trained on {ids[:20]}; this tokenizer cannot be exported with this "
-                    "family"
+                    f"{type(tokenizer).__name__}, by which transformers reads {config.model_type} "
+                    f"models, makes {found[:20]} of {written[:40]!r}, the model was trained on "
+                    f"{ids[:20]}; this tokenizer cannot be exported with this family"
                 )
 
 

@@ -5,8 +5,10 @@ import filecmp
 import fnmatch
 import os
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +34,9 @@ _LFS = b"version https://git-lfs"
 _WRAPPERS = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
+TABLES = tomllib.loads(files("midstream.exchange").joinpath("families.toml").read_text("utf-8"))
 # What a folder may hold in place of weights that are read: what it is, and what helps.
-_OTHERS = {
-    "*.gguf": ("GGUF", "import the checkpoint that it was made of, which its model card names"),
-    "consolidated*.pth": ("Meta's own files", "get the repository that has the name with -hf"),
-    "consolidated*.safetensors": (
-        "Mistral's own files",
-        "get the repository's model*.safetensors and config.json",
-    ),
-    "tf_model.h5": ("TensorFlow's weights", "get the repository's safetensors or .bin"),
-    "flax_model.msgpack": ("Flax's weights", "get the repository's safetensors or .bin"),
-    "zero_to_fp32.py": (
-        "DeepSpeed's shards",
-        "run its zero_to_fp32.py, which writes whole weights",
-    ),
-    "**/*.distcp": (
-        "a distributed checkpoint of torch",
-        "make model.safetensors of it with: accelerate merge-weights",
-    ),
-    "open_clip_*": (
-        "open_clip's files",
-        "get the tower as transformers saves it, such as openai/clip-vit-large-patch14",
-    ),
-    "checkpoint-*/*config.json": ("checkpoints of a trainer", "give one of them"),
-    "snapshots/*/config.json": ("a model of the hub's cache", "give its snapshot, or its name"),
-}
+_OTHERS: dict[str, list[str]] = TABLES["others"]
 # Names that quantised weights have, and adapters that were not merged.
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|absmax|SCB|weight_packed|weight_scale(_inv)?|quant_state\..*)$"
@@ -130,9 +110,7 @@ def fetch(name: str, revision: str | None) -> Path:
             f"check the spelling, or accept its terms at {page} and log in with: hf auth login"
         ) from None
     except errors.HFValidationError:
-        raise FileNotFoundError(
-            f"{name} is no file or folder, nor the name of a hub model"
-        ) from None
+        raise FileNotFoundError(f"{name} is no file or folder, nor a hub model") from None
     except OSError as error:
         why = f"the hub did not answer ({(str(error).splitlines() or [''])[0]})"
         option = f" --revision {revision}" if revision else ""
@@ -149,14 +127,14 @@ def _refuse_others(name: str, revision: str | None) -> None:
     from huggingface_hub import HfApi, errors
 
     try:
-        files = HfApi().list_repo_files(name, revision=revision)
+        held = HfApi().list_repo_files(name, revision=revision)
     except (errors.HfHubHTTPError, OSError):
         return
     for pattern, (what, remedy) in _OTHERS.items():
         of_a_folder = pattern.endswith("config.json")
-        for file in fnmatch.filter(files, pattern)[:1] if not of_a_folder else ():
+        for file in fnmatch.filter(held, pattern)[:1] if not of_a_folder else ():
             raise ValueError(f"{name} holds {what} ({file}) and no weights that are read; {remedy}")
-    for file in filter(_WEIGHTS.fullmatch, sorted(files)):
+    for file in filter(_WEIGHTS.fullmatch, sorted(held)):
         folder, slash, _ = file.rpartition("/")
         inside = f"the folder {folder}" if slash else f"the file {file}"
         option = f"--include '{folder}/*'" if slash else file
@@ -177,10 +155,10 @@ def same_weights(name: str, revision: str, folder: Path, *, ask_hub: bool) -> tu
 
     def digests(which: str) -> dict[str, str]:
         try:
-            files = HfApi().model_info(name, revision=which, files_metadata=True).siblings or []
+            info = HfApi().model_info(name, revision=which, files_metadata=True)
         except (errors.HfHubHTTPError, OSError):
             return {}
-        return {item.rfilename: item.lfs.sha256 for item in files if item.lfs is not None}
+        return {item.rfilename: item.lfs.sha256 for item in info.siblings or [] if item.lfs}
 
     def is_same(one: Path, other: Path) -> bool:
         # The cache keeps one copy of equal files.
@@ -217,15 +195,13 @@ def check_downloaded(folder: Path, *, needed: str | None) -> None:
     )
     if unfinished:
         raise FileNotFoundError(
-            f"{folder} is half downloaded: {', '.join(unfinished)}; finish the download, or delete "
-            "these where it is finished"
+            f"{folder} is half downloaded: {', '.join(unfinished)}; finish it, or delete these"
         )
     for item in sorted(one for one in folder.iterdir() if one.is_file()):
         with item.open("rb") as stream:
             if stream.read(len(_LFS)) == _LFS:
                 raise FileNotFoundError(
-                    f"{folder} holds a pointer of Git LFS in place of {item.name}; get the files "
-                    "with: git lfs pull"
+                    f"{folder} has a pointer of Git LFS in place of {item.name}; git lfs pull"
                 )
     weights = any(folder.glob("*model*.safetensors*")) or any(folder.glob("*model*.bin*"))
     if needed is not None and not ((folder / needed).is_file() and weights):
@@ -268,8 +244,7 @@ def read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if path.is_file() and path.read_bytes().startswith(codecs.BOM_UTF8):
         raise ValueError(
-            f"{path} begins with a byte order mark, which transformers does not read; save it as "
-            "UTF-8 without one"
+            f"{path} begins with a byte order mark, which transformers cannot read; save it without"
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -334,8 +309,7 @@ def check_plain(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> Non
     for name, value in tensors.items():
         if _UNMERGED.search(name):
             raise ValueError(
-                f"{folder} holds an adapter that is not merged with its weights ({name}); save "
-                "what peft's merge_and_unload() gives, and import that"
+                f"{folder} holds an adapter not merged with its weights ({name}); merge it by peft"
             )
         plain = value.dtype in _WIDENED or not name.endswith(".weight")
         if _QUANTISED.search(name) or not plain:
@@ -364,9 +338,8 @@ def _check_kept(
         )
     if head not in tensors and not config.tied_embeddings:
         raise ValueError(
-            f"{folder} has no output layer ({head}), and its config.json does not tie it to the "
-            f"embeddings. Where it is tied, set tie_word_embeddings to true in {told}; else this "
-            "is a part of a language model (a base class, a classifier): import the whole one"
+            f"{folder} has no output layer ({head}); where it is tied, set tie_word_embeddings to "
+            f"true in {told}, else this is a part of a language model: import the whole one"
         )
     if head not in tensors or not config.tied_embeddings:
         return None

@@ -16,6 +16,7 @@ from midstream.config import EncoderConfig
 from midstream.config.base import Config, Positive
 from midstream.core.storage import read_json
 from midstream.data.tokenise import open_tokenizer
+from midstream.eval.foreign_model import LLAVAS_OWN
 from midstream.exchange import hub, import_parts, towers
 from midstream.exchange.hub import LanguageModel, model_type
 from midstream.exchange.merge_adapter import ADAPTER, is_adapter, merged
@@ -31,6 +32,7 @@ _HUB_ADDRESS = re.compile(
     r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://|hf\.co/)?"
     r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:(?:/(?:tree|blob|resolve)/|@|:)(?P<revision>[^/]+)/?.*)?/?"
 )
+_SAVE = "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
 _FILES = (".pt", ".pth", ".bin", ".safetensors", ".json")
 
 
@@ -108,8 +110,7 @@ def locate(request: ImportRequest) -> Source:
     if path.exists():
         if request.revision is not None:
             raise ValueError(
-                f"{path} lies here and has no revisions; leave --revision {request.revision} out, "
-                "or give the hub's name"
+                f"{path} lies here and has no revisions; leave --revision {request.revision} out"
             )
         source = Source(path, str(path.resolve()))
     elif _HUB_NAME.fullmatch(request.source) and path.suffix not in _FILES:
@@ -164,8 +165,7 @@ def _check_folder(path: Path, request: ImportRequest) -> None:
         raise ValueError(f"{path} is imported already; give it to a recipe")
     if (path / "stage.json").is_file():
         raise ValueError(
-            f"{path} is a stage of a store, which recipes start from as it is; to import it, give "
-            "what midstream export writes of it"
+            f"{path} is a stage of a store; to import it, give what midstream export writes of it"
         )
     if list(path.glob("**/epoch_*.pt")):
         return
@@ -184,10 +184,7 @@ def _check_family(folder: Path) -> None:
     kind, whole = model_type(folder), ", ".join(import_parts.WHOLE)
     content = read_json(folder / "config.json")
     if isinstance(content, dict) and "mm_vision_tower" in content:
-        raise ValueError(
-            f"{folder / 'config.json'} is of LLaVA's own code (mm_vision_tower), whose files have "
-            "other names and no tower; get the same model as transformers has it (llava-hf/...)"
-        )
+        raise ValueError(f"{folder / 'config.json'} {LLAVAS_OWN}")
     own = ("openlm", import_parts.OWN_TEXT, *import_parts.WHOLE)
     if kind in (*own, *towers.FAMILIES, *FAMILIES):
         return
@@ -195,8 +192,7 @@ def _check_family(folder: Path) -> None:
     if isinstance(content, dict) and isinstance(content.get("vision_config"), dict):
         raise ValueError(
             f"{told}, a whole vision-language model of which no part is read; parts are read of "
-            f"{whole}. Save its language model as a folder of its own, if that is one of "
-            f"{', '.join(FAMILIES)}"
+            f"{whole}. Save its language model by itself, if that is one of {', '.join(FAMILIES)}"
         )
     if isinstance(content, dict) and kind is None and "architecture" in content:
         raise ValueError(
@@ -247,8 +243,7 @@ def find_tokenizer(request: ImportRequest, *places: Path | None) -> Tokenizer | 
         if others:
             raise FileNotFoundError(
                 f"{path} has {' and '.join(others)} but no tokenizer.json, which alone is read; "
-                "where transformers reads these files, AutoTokenizer.from_pretrained(...)"
-                ".save_pretrained(...) writes one; else give one with --tokenizer"
+                f"{_SAVE} writes one, or give one with --tokenizer"
             )
     return None
 
@@ -277,9 +272,8 @@ def _add_stated(tokenizer: Tokenizer, folder: Path) -> None:
             stated[int(number)] = AddedToken(told["content"], **words)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
-            f"{folder} has added_tokens.json or added_tokens_decoder in tokenizer_config.json in a "
-            "form that transformers does not write; let it write them anew: AutoTokenizer"
-            ".from_pretrained(...).save_pretrained(...)"
+            f"{folder} has added_tokens.json or added_tokens_decoder in a form that transformers "
+            f"does not write; let it write them anew: {_SAVE}"
         ) from None
     for number, added in sorted(stated.items(), key=lambda pair: pair[0]):
         if tokenizer.token_to_id(added.content) is None:
@@ -287,8 +281,7 @@ def _add_stated(tokenizer: Tokenizer, folder: Path) -> None:
             if tokenizer.token_to_id(added.content) != number:
                 raise ValueError(
                     f"{folder} has {added.content} as token {number:,} beside its tokenizer.json, "
-                    "which has no place for it; write a whole one: AutoTokenizer"
-                    ".from_pretrained(...).save_pretrained(...)"
+                    f"which has no place for it; write a whole one: {_SAVE}"
                 )
 
 

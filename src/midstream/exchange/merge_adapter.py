@@ -31,16 +31,13 @@ def merged(folder: Path) -> LanguageModel:
     stated = read_json(folder / ADAPTER)
     base = stated.get(_BASE)
     if not base:
-        raise ValueError(
-            f"{folder / ADAPTER} names no base model; merge the adapter with its own first"
-        )
+        raise ValueError(f"{folder / ADAPTER} names no base model; merge the two first")
     try:
         from peft import PeftModel
     except ImportError:
         raise ValueError(
             f"{folder} is a LoRA adapter of {base}; install peft, which merges the two here, or "
-            f"merge them yourself (PeftModel.from_pretrained(base, {str(folder)!r})"
-            ".merge_and_unload().save_pretrained(...)) and import what that writes"
+            "merge them yourself (merge_and_unload, save_pretrained) and import what that writes"
         ) from None
     from transformers import AutoModelForCausalLM
 
@@ -64,8 +61,7 @@ def merged(folder: Path) -> LanguageModel:
     except Exception as error:  # whatever peft's own code raises
         why = " ".join(str(error).split())[:500]
         raise ValueError(
-            f"{folder} cannot be merged with {base}: {why}; if it can be merged where it was "
-            "trained, import what that writes"
+            f"{folder} cannot be merged with {base}: {why}; merge it where it was trained"
         ) from None
     config = describe(model.config)
     return LanguageModel(
@@ -89,9 +85,8 @@ def _base_of(folder: Path, base: str, revision: str | None) -> Path:
         kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
         raise kind(
             f"the base model of the adapter {folder} cannot be read: {error}; the base is named by "
-            f"{_BASE} in its {ADAPTER}: put there the folder or the hub's name of that model, "
-            "whole and not quantised, or merge the two where it was trained (merge_and_unload) and "
-            "import what that writes"
+            f"{_BASE} in its {ADAPTER}: put there the folder or hub name of that model, whole and "
+            "not quantised, or merge the two where it was trained and import what that writes"
         ) from None
     return here
 
@@ -110,6 +105,5 @@ def _check_names(adapted: Any, held: Iterable[str], file: Path, base: str) -> No
         whose = f"which {base} has not" if theirs - ours else "which the file lacks"
         raise ValueError(
             f"{file.name} and {ADAPTER} do not belong together: {len(wrong):,} of the matrices to "
-            f"change are {wrong[0]} and the like, {whose} (another base, or names that a trainer "
-            "put something into)"
+            f"change are {wrong[0]} and the like, {whose} (another base, other names)"
         )

@@ -7,17 +7,17 @@ Its trainer leaves `<run>/params.txt` and `<run>/checkpoints/epoch_N.pt`, `optim
 import ast
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from midstream.config import DecoderConfig
 from midstream.core.storage import read_json
-from midstream.exchange.hub import LanguageModel
-from midstream.exchange.towers import TABLES
+from midstream.exchange.hub import TABLES, LanguageModel
 from midstream.model.decoder import Decoder
 from midstream.model.weights import check, only_tensors, read_pickle, read_tensors
 from midstream.study.imported import Position
@@ -84,16 +84,20 @@ def _read_epoch(source: Path, num_heads: int | None) -> LanguageModel:
         origins["position"] = f"rate alone, from {found[0].name}"
     if found and moments:
         origins["moments"] = found[0].name
-    return _checkpoint(
-        state,
-        settings,
-        source,
-        num_heads,
-        origins,
+    model = _checkpoint(state, settings, source, num_heads, origins)
+    if moments is not None:
+        with torch.device("meta"):
+            decoder = Decoder(cast(DecoderConfig, model.config))
+        for key in ("exp_avg", "exp_avg_sq"):
+            each = {name: moments[f"{key}.{name}"] for name in model.tensors}
+            check(decoder, each, path=source.with_name(f"{key} beside {source.name}"))
+        moments = {name: value.to(torch.float32) for name, value in moments.items()}
+    return replace(
+        model,
+        dropped=(*model.dropped, *left),
         moments=moments,
         step=int(told or 0),
         position=position,
-        left=left,
     )
 
 
@@ -103,11 +107,6 @@ def _checkpoint(
     source: Path,
     num_heads: int | None,
     origins: dict[str, str],
-    *,
-    moments: dict[str, Tensor] | None = None,
-    step: int = 0,
-    position: Position | None = None,
-    left: Iterable[str] = (),
 ) -> LanguageModel:
     tensors: dict[str, Tensor] = {}
     # Rotary tables, by the file's names: they are computed, not kept.
@@ -126,22 +125,14 @@ def _checkpoint(
     with torch.device("meta"):
         decoder = Decoder(config)
     check(decoder, tensors, path=source)
-    if moments is not None:
-        for key in ("exp_avg", "exp_avg_sq"):
-            each = {name: moments[f"{key}.{name}"] for name in tensors}
-            check(decoder, each, path=source.with_name(f"{key} beside {source.name}"))
-        moments = {name: value.to(torch.float32) for name, value in moments.items()}
     if "model_norm" not in settings:
         origins["model_norm"] = "assumed gain-only LayerNorm, as DCLM's; shapes cannot tell"
     told = "; ".join(f"{what}: {origin}" for what, origin in origins.items())
     return LanguageModel(
         config,
         {name: value.to(torch.float32) for name, value in tensors.items()},
-        (*tables, *left),
+        tuple(tables),
         notes=(f"read from its files: {told}",),
-        moments=moments,
-        step=step,
-        position=position or Position(),
     )
 
 
@@ -284,8 +275,7 @@ def _decoder_config(
     for name, value in (seen | {"qk_norm": has_norms}).items():
         if settings.get(name, value) != value:
             raise ValueError(
-                f"{path} has {name} {value}, its settings say {settings[name]}; "
-                "they are of another run"
+                f"{path} has {name} {value}, its settings say {settings[name]}; of another run?"
             )
     heads = {"given": num_heads, "settings": settings.get("n_heads")}
     if tables:

@@ -4,9 +4,7 @@
 """
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -15,11 +13,10 @@ from torch import Tensor
 
 from midstream.config import AnyEncoderConfig, EncoderConfig, FusedEncoder, PatchProjection
 from midstream.core.storage import read_json
-from midstream.exchange.hub import check_plain, read_config, unwrapped
+from midstream.exchange.hub import TABLES, check_plain, read_config, unwrapped
 from midstream.model.vision import Tower, VisionEncoder, positions
-from midstream.model.weights import read_tensors
+from midstream.model.weights import read_tensors, some
 
-TABLES = tomllib.loads(files("midstream.exchange").joinpath("families.toml").read_text("utf-8"))
 # model_type in config.json -> family, and the class that knows its files' names.
 FAMILIES: dict[str, list[Any]] = TABLES["towers"]
 _OF_A_TOWER = re.compile(r"(vision_model|embeddings|encoder|layer|text_model)\.")
@@ -130,7 +127,7 @@ def read_encoder(folder: Path) -> FoundTower:
     further = [key for key in loading["unexpected_keys"] if own_name(key).startswith("blocks.")]
     if further:
         raise ValueError(
-            f"{folder} holds {_few(sorted(further))}, of which its config.json says nothing "
+            f"{folder} holds {some(further)}, of which its config.json says nothing "
             f"(num_hidden_layers {config.num_layers}); put there how many layers the file has"
         )
     tensors = {
@@ -180,15 +177,10 @@ def loaded(
                 "in config.json"
             )
         raise ValueError(
-            f"{folder} is no whole {kind}: missing {_few(missing)}; mismatched {_few(wrong)}; "
-            f"unexpected {_few(sorted(loading['unexpected_keys']))}. {remedy}"
+            f"{folder} is no whole {kind}: missing {some(missing)}; mismatched {some(wrong)}; "
+            f"unexpected {some(loading['unexpected_keys'])}. {remedy}"
         )
     return model, loading | {"stored": tuple(sorted(stored))}, notes
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more
 
 
 def encoder_config(stated: Any, folder: Path, **seen: Any) -> EncoderConfig:

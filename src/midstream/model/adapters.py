@@ -24,9 +24,7 @@ def add_adapters(decoder: nn.Module, lora: LoRA) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ValueError(
-            'training.lora needs peft, which is not installed: pip install "midstream[lora]"'
-        ) from None
+        raise ValueError('training.lora needs peft: pip install "midstream[lora]"') from None
     layers = [
         name
         for name, module in decoder.named_modules()

@@ -1,4 +1,4 @@
-"""The OpenLM decoder, its cache, how its parameters start, and the choice of the next token.
+"""The OpenLM decoder, its cache, and how its parameters start.
 
 Letters in names: R rows, T positions, S positions seen by attention, H heads, C channels of a head.
 Parameter names are those of OpenLM's own checkpoints.
@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm, linear, silu
 
 from midstream.config import DecoderConfig
 from midstream.model.attention import Mask, attend
-from midstream.model.weights import Embedding, Initialiser, Linear, generator
+from midstream.model.weights import Embedding, Initialiser, Linear
 
 
 @dataclass
@@ -313,54 +313,3 @@ class Decoder(nn.Module):
             table[f"{layer}.feed_forward.w12.weight"] = normal(width)
             table[f"{layer}.feed_forward.w3.weight"] = normal(ffn, index + 1)
         return table
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: from softmax(logits / temperature), cut to the fewest likeliest that
-    make up `top_p`.
-
-    A draw is a function of the seed, the prompt's number and the count of tokens drawn before.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature {self.temperature} must be above 0; leave sampling out for the "
-                "likeliest token each time"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must lie above 0 and at most at 1")
-
-
-def choose(
-    logits: Float[Tensor, "rows vocab"],
-    sampling: Sampling | None,
-    prompts: Sequence[int],
-    step: int,
-) -> list[int]:
-    """The next token of each row: the likeliest without `sampling`.
-
-    `prompts` numbers the rows for their draws, `step` counts the tokens drawn before.
-    """
-    if sampling is None:
-        return [int(token) for token in logits.argmax(dim=-1).tolist()]
-    # In float64, so that the order of summation does not show, and on the CPU: a GPU's running sum
-    # has no deterministic kernel.
-    scaled, tokens = (logits.double().cpu() / sampling.temperature).sort(
-        descending=True, stable=True
-    )
-    mass = scaled.softmax(dim=-1).cumsum(dim=-1)
-    # A token is kept while those before it make up less than top_p: the first one always is.
-    before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), dim=1)
-    last = (before < sampling.top_p).sum(dim=1, keepdim=True) - 1
-    sources = [generator(sampling.seed, f"token/{index}/{step}") for index in prompts]
-    places = [torch.rand((), generator=source, dtype=mass.dtype) for source in sources]
-    place = torch.stack(places)[:, None] * mass.gather(1, last)
-    # The first token whose mass reaches beyond the drawn place.
-    chosen = torch.minimum((mass <= place).sum(dim=1, keepdim=True), last)
-    return [int(token) for token in tokens.gather(1, chosen)[:, 0].tolist()]

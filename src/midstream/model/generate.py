@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from midstream.model.decoder import Sampling, choose
 from midstream.model.read_prompts import (
     Prompt,
     State,
@@ -58,54 +57,46 @@ def generate_and_score(
     features: Float[Tensor, "images patches width"] | None,
     choices: Sequence[Sequence[list[int]]],
     *,
-    image_of: Sequence[int] | None = None,
-    begin: int | None = None,
     max_new_tokens: int = 0,
     stop_ids: frozenset[int] = frozenset(),
     batch_size: int,
-    sampling: Sampling | None = None,
     plain: bool = False,
 ) -> list[tuple[list[int], list[tuple[float, bool]]]]:
-    """For each prompt the tokens after it, up to `max_new_tokens` or a stop id (left out): the
-    likeliest each time, or drawn as `sampling` says; and of each of its continuations the summed
-    log-probability of the tokens, and whether each of them is the most likely one at its place.
+    """For each prompt the likeliest tokens after it, up to `max_new_tokens` or a stop id (left
+    out); and of each of its continuations the summed log-probability of the tokens, and whether
+    each of them is the most likely one at its place.
 
     `features` are the encoder's, None without images. A prompt says where its pictures stand, or is
-    a list of ids behind image `image_of[i]` (`i`, where that is None) and the token `begin`. What
-    several prompts have for a head, an image alone too, is read once for all of them; under prefix
-    attention, where it sees the prompt, for each. It is read once for text and continuations, of
-    which neither changes the other; logits are made where a token of theirs stands.
+    a list of ids without any. What several prompts have for a head, an image alone too, is read
+    once for all of them; under prefix attention, where it sees the prompt, for each. It is read
+    once for text and continuations, of which neither changes the other; logits are made where a
+    token of theirs stands.
     `plain` prompts are text to go on with, which has no prefix whatever the model's attention.
     Raises ValueError for an empty prompt or continuation, or images that do not fit the prompts.
     """
     if any(not ids for own in choices for ids in own):
         raise ValueError("a continuation is empty; there is nothing to be likely")
-    asked = as_prompts(prompts, features, image_of, begin)
+    asked = as_prompts(prompts, 0 if features is None else len(features))
     results: list[tuple[list[int], list[tuple[float, bool]]]] = [([], []) for _ in prompts]
     rooms = [max(max_new_tokens, _width(own)) for own in choices]
     for chosen, state in read_prompts(vlm, asked, features, rooms, batch_size, plain=plain):
         scores = _score(vlm, state, [choices[i] for i in chosen], len(state.held))
-        texts = _go_on(vlm, state, chosen, max_new_tokens, stop_ids, sampling)
+        texts = _go_on(vlm, state, len(chosen), max_new_tokens, stop_ids)
         for index, tokens, own in zip(chosen, texts, scores, strict=True):
             results[index] = (tokens, own)
     return results
 
 
 def _go_on(
-    vlm: VLM,
-    state: State,
-    prompts: list[int],
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    sampling: Sampling | None,
+    vlm: VLM, state: State, num_prompts: int, max_new_tokens: int, stop_ids: frozenset[int]
 ) -> list[list[int]]:
-    """The new tokens of the first rows, which are these prompts; the others fill up the batch."""
+    """The new tokens of the first rows, the prompts'; the others fill up the batch."""
     num_rows = len(state.held)
     position_ids, held, last = state.last_position[:, None], state.held, state.last
-    results: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    results: list[list[int]] = [[] for _ in range(num_prompts)]
+    open_rows = set(range(num_prompts))
     for step in range(max_new_tokens):
-        tokens = choose(vlm.decoder.output(last), sampling, filled(prompts, num_rows), step)
+        tokens = vlm.decoder.output(last).argmax(dim=-1).tolist()
         open_rows -= {row for row in open_rows if tokens[row] in stop_ids}
         for row in open_rows:
             results[row].append(tokens[row])

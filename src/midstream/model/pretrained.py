@@ -52,9 +52,8 @@ def _checked(config: Any) -> Any:
     window = getattr(config, "sliding_window", None)
     if set(layers) != {"full_attention"} if layers else window is not None:
         raise ValueError(
-            f"this {kind} model has sliding_window {window!r} (layer_types {layers!r}), but who "
-            "sees whom is the recipe's to say; where no row is longer than the window, set "
-            "sliding_window to null and drop layer_types in config.json"
+            f"this {kind} model has sliding_window {window!r} (layer_types {layers!r}); where no "
+            "row is longer, set sliding_window to null and drop layer_types in config.json"
         )
     rope = config.rope_parameters["rope_type"]
     if rope not in _ROPE_TYPES:
@@ -137,8 +136,7 @@ def _from_settings(model_type: str, settings: dict[str, Any]) -> Any:
 def _agree(name: str, stated: Any, found: Any) -> None:
     if stated != found:
         raise ValueError(
-            f"the decoder's config states {name} {stated}, its settings make it {found}; "
-            "build the config with midstream.model.pretrained.describe"
+            f"the decoder's config states {name} {stated}, its settings make it {found}"
         )
 
 

@@ -58,28 +58,14 @@ class Prompt(NamedTuple):
     prefix: int | None = None
 
 
-def as_prompts(
-    prompts: Sequence[list[int] | Prompt],
-    features: Float[Tensor, "images patches width"] | None,
-    image_of: Sequence[int] | None,
-    begin: int | None,
-) -> list[Prompt]:
-    """Prompts as they are; lists of ids behind an image each, image `image_of[i]` (`i`, where that
-    is None) with the token `begin` before it, or behind none where there are no features.
+def as_prompts(prompts: Sequence[list[int] | Prompt], num_images: int) -> list[Prompt]:
+    """Prompts as they are; lists of ids are text alone.
 
     Raises ValueError for an empty prompt, and for images that are not there or not in order.
     """
-    num_images = 0 if features is None else len(features)
-    plain = [ids for ids in prompts if not isinstance(ids, Prompt)]
-    if len(plain) < len(prompts):
-        asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-        if plain or image_of is not None or begin is not None:
-            raise ValueError("whole prompts name their own images and beginnings; give them alone")
-    else:
-        images = _image_of(len(plain), num_images, image_of)
-        first = () if begin is None else (begin,)
-        heads = [Part(first, ((len(first), image),)) for image in images] or [Part()] * len(plain)
-        asked = [Prompt(head, Part(tuple(ids))) for head, ids in zip(heads, plain, strict=True)]
+    asked = [
+        one if isinstance(one, Prompt) else Prompt(Part(), Part(tuple(one))) for one in prompts
+    ]
     for prompt in asked:
         if not prompt.rest.ids:
             raise ValueError("a prompt is empty; start it with the end-of-text token")
@@ -93,19 +79,6 @@ def as_prompts(
         if any(place == len(prompt.rest.ids) for place, _ in prompt.rest.pictures):
             raise ValueError("a prompt ends with a picture; end it with what stands before a reply")
     return asked
-
-
-def _image_of(num_prompts: int, num_images: int, image_of: Sequence[int] | None) -> Sequence[int]:
-    if image_of is None:
-        if num_images and num_images != num_prompts:
-            raise ValueError(f"{num_images} images were given for {num_prompts} prompts")
-        return range(num_images)
-    if len(image_of) != num_prompts or not all(0 <= image < num_images for image in image_of):
-        raise ValueError(
-            f"image_of must give one of {num_images} images to each of {num_prompts} prompts, "
-            f"it is {list(image_of)}"
-        )
-    return image_of
 
 
 class Embedded(NamedTuple):

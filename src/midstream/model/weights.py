@@ -253,8 +253,7 @@ def read_pickle(path: Path) -> Any:
         if wanted is None:
             raise ValueError(f"{path} is no readable checkpoint: {error}") from None
         raise ValueError(
-            f"{path} wants to run code when it is read: it asks for {wanted[1]}. Refused: only "
-            "tensors and plain values are read; get the weights as safetensors"
+            f"{path} wants to run code when it is read: {wanted[1]}; get it as safetensors"
         ) from None
     except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -288,8 +287,7 @@ def _one_set(content: Any, path: Path) -> dict[str, Tensor]:
         return only_tensors(content, path)
     if len(sets) > 1:
         raise ValueError(
-            f"{path} holds several sets of tensors, {', '.join(map(str, sets))}; save the one that "
-            "is meant by itself, as a dict of tensors by name"
+            f"{path} holds several sets of tensors, {', '.join(map(str, sets))}; save the one meant"
         )
     ((key, tensors),) = sets.items()
     return {f"{key}.{name}": value for name, value in tensors.items()}
