@@ -154,7 +154,7 @@ def test_the_report_counts_both_towers(ledger: Ledger):
         ),
         *("continue", "finetune", "evaluate"),
     ]
-    assert parts["train_encoder"] == Part(SECOND, before=(tiny.ENCODER_STAGE,))
+    assert parts["train_encoder"] == Part(tiny.ENCODER_STAGE, before=(SECOND,))
     seen = SEES.model_copy(update={"encoder": SECOND})
     alone = Evaluate(of=Finetune(start=seen, training=TALKS.training), evaluation=tiny.EVALUATION)
     beside = Line(name="alone", axes={"encoder": "dinov2"}, result=alone)

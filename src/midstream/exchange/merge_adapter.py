@@ -1,5 +1,6 @@
 """Adapters that were trained on a base model, merged into it."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from midstream.model.weights import read_tensors
 
 ADAPTER = "adapter_config.json"
 _BASE = "base_model_name_or_path"
+_TIED = re.compile(r"\.(embed_tokens|embed_in|lm_head|embed_out)\.")
 _EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
 
 
@@ -52,6 +54,11 @@ def merged(folder: Path) -> LanguageModel:
     rows = {len(one) for name, one in held.items() if name.endswith(_EMBEDDINGS)}
     if rows - {whole.config.vocab_size}:
         whole.resize_token_embeddings(max(rows), mean_resizing=False)
+    if whole.config.tie_word_embeddings and any(map(_TIED.search, held)):
+        # What is added to one of the two was not added to the other, as peft trains them.
+        head = whole.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        whole.config.tie_word_embeddings = False
     try:
         adapted = PeftModel.from_pretrained(whole, folder)
         if not hasattr(adapted, "merge_and_unload"):

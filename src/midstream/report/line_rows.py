@@ -313,7 +313,7 @@ def group_rows(study: Study, rows: Sequence[LineRow]) -> list[Group]:
             for column in (*STABLE, *tasks)
         }
         mixed = (a for a in rest if a != "seed" and len({row.at(a) for row in members}) > 1)
-        groups.append(Group(*place, len(members), spreads, tuple(mixed)))
+        groups.append(Group(place[0], place[1], len(members), spreads, tuple(mixed)))
     return groups
 
 

@@ -34,6 +34,7 @@ from midstream.train.metrics import MetricsLog, Record, Report, Tracking, meters
 from midstream.train.parallel import ALONE, Clock, Place, data_workers, device_name, peak_memory
 from midstream.train.step import (
     StepTotals,
+    Taken,
     freeze,
     is_trained,
     make_optimizer,
@@ -126,10 +127,6 @@ def train(
     keeper = _Keeper(job, optimizer, saver, machine.keep_checkpoints, progress)
     steps = _load(job, machine, place, progress)
     watch, clock = watch or Watch(ALONE), Clock(place.device, progress.parts)
-    by: dict[str, Any] = {"encode": job.encode, "place": place}
-    take = partial(train_step, job.model, optimizer, settings=training.optimizer, clock=clock, **by)
-    at = partial(watch.at, kind="step")
-    measure = partial(evaluate, job.model, job.held_out, machine=machine, at=at, **by)
     record = Record(log, clock, report, progress, rows=(training.rows.batch_rows, len(plan)))
     held_out: dict[str, Any] | None = None
     job.model.train()
@@ -144,9 +141,8 @@ def train(
         totals = totals_of(micro_batches or (), place, plan.names, stop=asked)
         if totals.stop or not micro_batches:
             break
-        assert progress.rate is not None, "only an imported checkpoint's may be unknown"
         with record.guard():
-            taken = take(micro_batches, rate=progress.rate, totals=totals)
+            taken = _step(job, optimizer, micro_batches, totals, progress, place, clock)
         # The step before is read while a GPU computes this one.
         record.write()
         used_rate, progress = progress.rate, _advance(progress, job, totals)
@@ -158,7 +154,7 @@ def train(
         watch.at(f"keeping what {step} gave", "keep")
         if measures:
             with record.pause():
-                held_out = measure()
+                held_out = _held_out(job, machine, place, watch)
         if waits:
             progress = record.write(held_out if measures else None)
         with clock.part("checkpoint"):
@@ -168,7 +164,7 @@ def train(
         watch.at(f"keeping what step {progress.step} gave", "keep")
         _stop(keeper, record, log, plan.num_steps)
     if held_out is None:  # the stage resumes behind its last step
-        held_out = measure()
+        held_out = _held_out(job, machine, place, watch)
     watch.rest("keeping the stage's weights")
     saver.settle()
     log.close()
@@ -197,6 +193,34 @@ def _load(job: Job, machine: Machine, place: Place, progress: Progress) -> Itera
         world_size=place.world_size,
         device=place.device,
         looks=job.looks,
+    )
+
+
+def _held_out(job: Job, machine: Machine, place: Place, watch: Watch) -> dict[str, Any]:
+    at = partial(watch.at, kind="step")
+    return evaluate(job.model, job.held_out, encode=job.encode, machine=machine, place=place, at=at)
+
+
+def _step(
+    job: Job,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    totals: StepTotals,
+    progress: Progress,
+    place: Place,
+    clock: Clock,
+) -> Taken:
+    assert progress.rate is not None, "only an imported checkpoint's may be unknown"
+    return train_step(
+        job.model,
+        optimizer,
+        micro_batches,
+        encode=job.encode,
+        rate=progress.rate,
+        settings=job.training.optimizer,
+        place=place,
+        clock=clock,
+        totals=totals,
     )
 
 
