@@ -182,6 +182,14 @@ def test_an_adapter_is_merged_by_peft_where_that_is_installed(
     made.clear()
     save_file(further, source / "adapter_model.safetensors")
     assert bring(source, tmp_path / "out")[0].vocabulary["rows_before"] == rows  # type: ignore[index]
+    # What is added to a tied head alone parts it from the embeddings; rows of tokens are in both.
+    rows = VOCAB_SIZE
+    save_checkpoint("qwen2", tmp_path / "tied")
+    save_adapter(source, "../tied")
+    for changed, tied in (("lm_head.lora_A", False), ("embed_tokens.trainable_tokens_delta", True)):
+        made[:] = [f"base_model.model.{changed}"]
+        save_file({made[0]: torch.zeros(4, 32)}, source / "adapter_model.safetensors")
+        assert bring(source, tmp_path / "out")[0].config.tied_embeddings is tied
     # peft would leave out what fits nothing, and what the file lacks as it was.
     rows = VOCAB_SIZE
     save_adapter(source, "../base")

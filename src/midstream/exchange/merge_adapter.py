@@ -14,7 +14,7 @@ from midstream.model.weights import read_tensors
 
 ADAPTER = "adapter_config.json"
 _BASE = "base_model_name_or_path"
-_TIED = re.compile(r"\.(embed_tokens|embed_in|lm_head|embed_out)\.")
+_TIED = re.compile(r"\.(embed_tokens|embed_in|lm_head|embed_out)\.(?!.*trainable_tokens)")
 _EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
 
 
@@ -55,7 +55,8 @@ def merged(folder: Path) -> LanguageModel:
     if rows - {whole.config.vocab_size}:
         whole.resize_token_embeddings(max(rows), mean_resizing=False)
     if whole.config.tie_word_embeddings and any(map(_TIED.search, held)):
-        # What is added to one of the two was not added to the other, as peft trains them.
+        # What is added to one of the two was not added to the other, as peft trains them; rows of
+        # single tokens alone are the same in both.
         head = whole.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         whole.config.tie_word_embeddings = False
