@@ -9,6 +9,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pyarrow
+import pytest
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -18,8 +19,16 @@ from midstream.data.prepare_source import plan_source, prepare_source
 from midstream.data.shards import READERS, units_of
 from midstream.data.sources import Source
 
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 OPTIONS = ReadOptions()
 Put = Callable[[str, bytes], str]
+
+
+def shared(name: str) -> str:
+    """A file or folder of the real data; skips the test where it is not on this machine."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"the real data {name} is not on this machine; docs/real-data.md lists it")
+    return str(SHARED / name)
 
 
 def as_json(value: Any) -> bytes:

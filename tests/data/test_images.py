@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_inputs import shared
 from PIL import ExifTags, Image
 
 from midstream.config import ImageTransform
@@ -458,3 +460,15 @@ def refuses(look: Callable[[bytes, str], object], data: bytes) -> bool:
     except ValueError:
         return True
     return False
+
+
+def test_photographs_are_within_50_decibels_of_pillow() -> None:
+    paths = sorted(Path(shared("vqa_official_samples")).rglob("*.jpg"))[:12]
+    assert len(paths) == 12
+    for path in paths:
+        picture = decode(path.read_bytes(), str(path))
+        for turned in (picture, picture.transpose(Image.Transpose.ROTATE_90)):
+            for resize in RESIZES:
+                transform = ImageTransform(size=384, resize=resize)
+                found = bytes_of(to_pixels(turned, transform), transform)
+                assert psnr(found, by_pillow(turned, transform)) >= 50

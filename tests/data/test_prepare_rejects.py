@@ -263,3 +263,25 @@ def test_captions_of_any_length_are_whole_or_refused_by_name(tmp_path: Path, len
     assert len(source.input_ids(1)) == length + 2
     assert done["longest"]["image"]["tokens"] == max(length, 5) + 2
     assert ("sample 00001" in done["longest"]["image"]["where"]) == (length > 5)
+
+
+def test_a_bad_picture_that_many_records_share_is_a_reject_of_each(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/1.png").write_bytes(png(1)[:40])
+    (tmp_path / "in/2.png").write_bytes(png(2))
+    records = [TALKS[0] | {"id": n, "image": f"{1 + n % 2}.png"} for n in range(10)]
+    (tmp_path / "in/llava.json").write_text(json.dumps(records))
+    found = run("conversations", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.5)
+    assert found["rejects"] == {UNDECODED: 5}
+    assert found["train"]["images"] == 5
+
+
+def test_a_long_list_of_rejects_is_cut_in_the_message_and_whole_in_its_file(tmp_path: Path) -> None:
+    source, out = write_texts(tmp_path / "in", 3, 50, bad=range(0, 150, 2)), tmp_path / "out"
+    with pytest.raises(ValueError, match="75 of 150 records") as caught:
+        run("text", source, out)
+    lines = str(caught.value).splitlines()
+    assert sum(" line " in line for line in lines) == 3
+    assert [item["where"] for item in listed(out)] == [
+        f"in/part-{number // 50}.jsonl, line {number % 50 + 1}" for number in range(0, 150, 2)
+    ]

@@ -480,3 +480,23 @@ def test_what_a_tokenizer_has_no_token_for_is_told(tmp_path: Path) -> None:
     lost = "the tokenizer has no token for { 中 😀 and the like; "
     stored = ("'<unk>'", "nothing", "'<unk>'")
     assert told == [f"{lost}{token} is stored" for token in stored]
+
+
+def test_raising_the_limit_of_rejects_makes_no_shard_anew(tmp_path: Path) -> None:
+    source, out = write_texts(tmp_path / "in", 3, 10, bad=[4, 25]), tmp_path / "out"
+    with pytest.raises(ValueError, match="2 of 30 records"):
+        run("text", source, out)
+    before = times(out)
+    found = run("text", source, out, max_reject_fraction=0.1)
+    assert found["shards"] == {"kept": 3, "new": 0}
+    assert changed_shards(before, times(out)) == set()
+    assert found["rejects"] == {"no text": 2}
+
+
+def test_the_validation_split_and_the_training_split_make_up_the_whole(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "in", 3, 40)
+    run("text", source, tmp_path / "all")
+    run("text", source, tmp_path / "split", validation_fraction=0.25)
+    parts = [texts_of(Source("s", tmp_path / "split", None, x)) for x in ("train", "validation")]
+    assert 10 < len(parts[1]) < 50
+    assert sorted(parts[0] + parts[1]) == sorted(texts_of(Source("s", tmp_path / "all")))

@@ -3,12 +3,13 @@
 import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import OPTIONS, Put, as_json, as_lines, read_all
+from made_inputs import OPTIONS, Put, as_json, as_lines, read_all, shared
 
 from midstream.data.formats import conversations as module
 from midstream.data.formats.conversations import conversation_units, read_conversations
@@ -257,3 +258,16 @@ def test_roles_are_known_by_the_names_that_people_give_them(
     turns = [{"from": asks, "value": "Why?"}, {"from": answers, "value": "So."}]
     (found,) = read(put("talks.json", as_json([{"conversations": turns}])))
     assert isinstance(found, ConversationRecord)
+
+
+def test_the_real_sharegpt_sample_gives_its_records_with_their_pictures() -> None:
+    found = read(shared("instruct_samples/llamafactory"))
+    assert all(isinstance(item, ConversationRecord) for item in found)
+    names = [[Path(picture.file).name for picture in item.pictures] for item in found]
+    assert names == [["1.jpg", "1.jpg"], ["2.jpg"], ["3.jpg"]] * 2
+    for item in found:
+        assert len(item.turns) == 2
+        assert [x.data for x in item.pictures] == [Path(x.file).read_bytes() for x in item.pictures]
+    assert found[4].turns[0][0] == "他是谁？"
+    # The second picture stands behind the second question.
+    assert [turn.pictures for turn in found[3].turns] == [(0,), (7,)]

@@ -1,5 +1,6 @@
 """Captions in tar archives: img2dataset's and DataCompDR's samples, whole or left out with why."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -21,12 +22,12 @@ from made_captions import (
     write,
     write_tar,
 )
-from made_inputs import OPTIONS, as_json
+from made_inputs import OPTIONS, as_json, shared
 
 from inputs import tar
 from midstream.data.formats import records as formats_records
 from midstream.data.formats.files import read_range
-from midstream.data.formats.read_captions import caption_units
+from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.records import CaptionRecord, ReadOptions, Unit
 from midstream.data.source_writer import Reject
 
@@ -247,3 +248,39 @@ def test_captions_that_cannot_be_used_beside_others_are_counted(tmp_path: Path) 
     assert isinstance(record, CaptionRecord)
     assert record.texts == ("one", "two")
     assert (record.caption, record.left_out) == ("", 3)
+
+
+def test_a_cut_tar_stops_the_reading_and_names_it(tmp_path: Path) -> None:
+    path = Path(write_tar(tmp_path / "a.tar", img2dataset(0) | img2dataset(1)))
+    unit = Unit("webdataset", (str(path),))
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(ValueError, match=r"a\.tar is not a whole tar file"):
+        list(read_captions(unit, OPTIONS))
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", img2dataset(0))
+    with pytest.raises(ValueError, match=r"a\.tar is given 2 times"):
+        read([path, str(tmp_path)])
+
+
+def test_flickr8k_is_read_whole() -> None:
+    records = read(shared("caption_flickr8k"))
+    assert len(captions(records)) == len(records) == 12_500
+    files = {r.picture.file for r in records if isinstance(r, CaptionRecord)}
+    assert len(files) == 2_500
+    assert "A black dog and a spotted dog are fighting" in captions(records)
+
+
+def test_noto_emoji_is_read_whole_with_its_folder_of_pictures() -> None:
+    folder = shared("caption_noto_emoji")
+    records = read(folder, ReadOptions(images=f"{folder}/72"))
+    assert len(captions(records)) == len(records) > 1_600
+    assert captions(records)[0] == "keycap #"
+    groups = captions(read(folder, ReadOptions(images=f"{folder}/72", text_key="group")))
+    assert groups[0] == "Symbols"
+
+
+def test_a_cut_of_cocos_captions_without_its_pictures_is_counted_as_missing() -> None:
+    records = read(shared("vqa_official_samples/first100_items/coco"))
+    assert Counter(outcome(records)) == {"- missing picture": 100}

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import OPTIONS, Put, as_lines, read_all
+from made_inputs import OPTIONS, SHARED, Put, as_lines, read_all, shared
 
 from inputs import tar
 from midstream.data.formats import read_text as module
@@ -508,3 +509,29 @@ def test_a_shard_that_is_cut_at_any_byte_stops_the_reading(put: Put) -> None:
         with pytest.raises(ValueError, match=r"a\.tar"):
             list(read(path))
     assert ids(read(put("a.tar", whole))) == [[1, 2], [3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("name", [name for name in PACK if not name.endswith(("jsonl", "json"))])
+def test_packed_lines_that_are_cut_at_any_byte_stop_the_reading(put: Put, name: str) -> None:
+    packed = PACK[name](lines(["a", "b" * 50, "c"]))
+    for end in range(0, len(packed), 3):
+        path = put(name, packed[:end])
+        with pytest.raises(ValueError, match="fetch it again") as caught:
+            read(path)
+        assert path in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "count"),
+    [
+        ("text_novels", "text", 18),
+        ("text_web_wiki/c4_demo.jsonl", "text", 300),
+        ("text_math/gsm8k/test.jsonl", "question", 1319),
+    ],
+)
+def test_real_samples_are_read_whole(name: str, key: str, count: int) -> None:
+    found = read(shared(name), ReadOptions(text_key=key))
+    assert Counter(type(item) for item in found) == {TextRecord: count}
+    if name.endswith("jsonl"):
+        records = map(json.loads, (SHARED / name).read_text(encoding="utf-8").splitlines())
+        assert texts(found) == [record[key] for record in records]

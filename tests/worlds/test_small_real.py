@@ -1,5 +1,6 @@
 """The small real world: written from a tiny copy of the owners' layouts, and from the real data."""
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ from midstream.study.stages import Continue, ContinueFrom, Finetune
 from midstream.worlds import small_real_owners as owners
 from midstream.worlds.small_real import QUESTIONS_PER_CONVERSATION, write_small_real
 
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 NUM_PHOTOS = 60
 EASY_TRAIN = [
     ["what color is the shape?", "red", 0],
@@ -420,3 +422,26 @@ def test_the_recipe_names_what_the_world_holds(root: Path, tmp_path: Path) -> No
 def test_the_recipe_refuses_a_folder_without_the_tokenizer(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match="20B_tokenizer"):
         real_small.when_images_arrive(data=str(root))
+
+
+@pytest.mark.faults
+def test_the_real_data_is_written_without_overlap(tmp_path: Path) -> None:
+    if not (SHARED / "caption_flickr8k").is_dir():
+        pytest.skip(f"the real data are not at {SHARED}; docs/real-data.md lists them")
+    world = written(SHARED, tmp_path / "first")
+    check_nothing_is_on_both_sides(world)
+    check_pictures_exist(world)
+    with (SHARED / "caption_flickr8k" / "captions.txt").open(newline="") as stream:
+        num_captions = len(list(csv.DictReader(stream)))
+    counts = owners.read_photos(SHARED / "caption_flickr8k").counts
+    assert 0.1 < counts["flickr8k_captions_held_apart"] / num_captions < 0.2
+    for task, entry in read_json(world / "world.json")["visual_tasks"].items():
+        assert len(VISUAL_FORMATS[entry["format"]].read(world / "bench" / task)) == 400
+
+
+@pytest.mark.faults
+def test_the_real_data_is_written_twice_alike(tmp_path: Path) -> None:
+    if not (SHARED / "caption_flickr8k").is_dir():
+        pytest.skip(f"the real data are not at {SHARED}; docs/real-data.md lists them")
+    one, two = (written(SHARED, tmp_path / name) for name in ("first", "second"))
+    assert folder_fingerprint(one) == folder_fingerprint(two)
