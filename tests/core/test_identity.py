@@ -206,7 +206,7 @@ def defaults() -> dict[str, dict[str, Any]]:
             if not field.is_required() and Placement not in field.metadata
         }
         for kind in sorted(models, key=lambda kind: kind.__name__)
-        if not kind.__name__.startswith(("Machine", "Slurm"))
+        if not kind.__name__.startswith(("Machine", "Slurm", "_"))
     }
 
 

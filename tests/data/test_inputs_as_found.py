@@ -400,9 +400,9 @@ def test_a_list_says_what_it_lacks(tmp_path: Path) -> None:
     (found,) = read_all("captions", path)
     assert str(found).endswith("no caption (its keys are ['image', 'blip_caption'])")
     path = write(tmp_path / "a.json", as_json({"data": ROWS}))
-    with pytest.raises(ValueError, match=r"or write the list that is inside an object alone"):
+    with pytest.raises(ValueError, match=r"or write what is inside an object"):
         read_all("captions", path)
-    with pytest.raises(ValueError, match=r"or write the list that is inside an object alone"):
+    with pytest.raises(ValueError, match=r"or write what is inside an object"):
         read_all("conversations", path)
 
 

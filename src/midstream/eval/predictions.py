@@ -115,6 +115,7 @@ def _unread(
         notes.append(
             f"{len(unread):,} of {len(pairs):,} answers cannot be read and count as wrong: {told}"
         )
+    bare = [pair for pair in pairs if not _MARKUP.search(pair[0].answer or "")]
     marked = [one for one, _ in pairs if _MARKUP.search(one.answer or "")]
     if marked:
         notes.append(
@@ -122,7 +123,7 @@ def _unread(
             f"thoughts, and are scored so: {marked[0].where} has "
             f"{_short(marked[0].answer or '')}; cut these off"
         )
-    return notes + _odd(task, pairs)
+    return notes + _odd(task, bare)
 
 
 def _odd(task: VisualTask, pairs: Sequence[tuple[Prediction, VisualExample]]) -> list[str]:

@@ -178,8 +178,8 @@ def list_entries(path: str) -> Iterator[bytes]:
         if not text.startswith(b"["):
             raise ValueError(
                 f"{path} begins with {text[:20]!r}, not with a list of records; name the files "
-                "that hold records (.jsonl for one record a line), or write a list of records, "
-                "each with its picture or id: what is inside an object, columns or a record by key"
+                "that hold records (.jsonl for one record a line), or write what is inside an "
+                "object (columns, or records by their ids) as a list of records"
             )
         # `start` is where the entry begins, `position` how far it is known.
         depth, start, position, count = 1, 1, 1, 0
