@@ -11,7 +11,7 @@ import pytest
 from made_captions import captions, outcome, picture, read, write
 from made_inputs import OPTIONS, as_json, as_lines
 
-from midstream.data.formats import pictures as formats_pictures
+from midstream.data.formats import picture_files as formats_pictures
 from midstream.data.formats import read_captions
 from midstream.data.formats.files import read_range
 from midstream.data.formats.read_captions import caption_units

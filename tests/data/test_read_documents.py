@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from inputs import png, tar
 from midstream.data.formats.document_parts import document_of
-from midstream.data.formats.pictures import INDEX, PicturesByUrl, index_urls
+from midstream.data.formats.picture_files import INDEX, PicturesByUrl, index_urls
 from midstream.data.formats.read_documents import document_units, read_documents
 from midstream.data.formats.records import DocumentRecord, Picture, ReadOptions
 from midstream.data.images import decode

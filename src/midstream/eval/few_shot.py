@@ -44,7 +44,8 @@ def read_pool(world: Path, name: str) -> Sequence[VisualExample]:
     if (world / "world.json").is_file():
         if pool not in listed_tasks(world, "visual_tasks"):
             raise FileNotFoundError(
-                f"shots for {name}: {world / 'world.json'} lists no task {pool!r}; add it"
+                f"shots for {name}: {world / 'world.json'} lists no task {pool!r}; add it "
+                "(its training questions), or ask without shots"
             )
         return read_visual_task(world, pool, shuffled=False).examples
     places = (world / "bench" / pool, world / pool)
@@ -111,7 +112,8 @@ def read_shots(
     if least < number:
         raise ValueError(
             f"shots for {task.name}: {least} training questions are left, {number} are wanted "
-            f"({len(shared)} of {len(found):,} show what is asked); give more files, or fewer shots"
+            f"({len(shared)} of {len(found):,} show what is asked); give the "
+            "training split's files, or fewer shots"
         )
     return Shots(tuple(before), len(shared), least)
 

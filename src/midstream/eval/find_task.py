@@ -110,7 +110,8 @@ def _entry(name: str, folder: Path) -> Any:
     if kind == "TAG" or (kind == "GROUP" and not described.get("aggregate_metric_list")):
         listed = ", ".join(called(one) for one in (members(entry) or [])[:20])
         raise ValueError(
-            f"{name} is a {kind.lower()} without a number of its own; name its tasks: {listed}"
+            f"{name} is a {kind.lower()} of the harness, without a number of its own; name its "
+            f"tasks: {listed}"
         )
     return entry
 
@@ -171,7 +172,9 @@ def _grouped(examples: list[VisualExample], path: Path) -> list[VisualExample]:
     if not isinstance(groups, dict):
         raise ValueError(f"{path} is no object of groups by an example's id (docs/evaluation.md)")
     if missing := next((e.example_id for e in examples if e.example_id not in groups), None):
-        raise ValueError(f"{path} names no group for example {missing!r}; give each one")
+        raise ValueError(
+            f"{path} names no group for example {missing!r}; give each one, or delete the file"
+        )
     return [
         replace(example, kinds={**example.kinds, "group": str(groups[example.example_id])})
         for example in examples
@@ -233,8 +236,8 @@ def other_pictures(task: VisualTask) -> list[tuple[Path, ...]]:
     step, count = len(members[commonest]), len(task.examples)
     if 2 * step > count:
         raise ValueError(
-            f"{task.name}: {step} of {count} examples share picture {commonest[0]}, so that others "
-            "are too few; raise the limit or set blind=False"
+            f"{task.name}: {step} of {count} examples share picture {commonest[0]}, so that a "
+            "blind score has no other for each; raise the limit or set blind=False"
         )
     groups = list(members.values())
     random.Random(f"{_SEED} blind {task.name}").shuffle(groups)
@@ -255,8 +258,8 @@ def other_pictures(task: VisualTask) -> list[tuple[Path, ...]]:
                 break
         else:
             raise ValueError(
-                f"{task.name}: its examples share so many pictures that {mine[0]} has no other; "
-                "raise the limit or set blind=False"
+                f"{task.name}: its examples share so many pictures that a blind score has no "
+                f"other for {mine[0]}; raise the limit or set blind=False"
             )
     shown = {index: _as_many(*pair) for index, *pair in zip(order, own, others, strict=True)}
     return [shown[index] for index in range(count)]

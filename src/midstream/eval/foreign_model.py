@@ -43,11 +43,13 @@ def open_config(name: str, trusted: dict[str, bool]) -> Any:
     folder = Path(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"{name} is an adapter without its model; merge the two by peft, and name what it saves"
+            f"{name} is an adapter without its model; merge the two (peft: merge_and_unload, "
+            "save_pretrained) and name the folder that this writes"
         )
     if (folder / RECORD).is_file():
         raise ValueError(
-            f"{name} was imported for recipes, which evaluate it; here name what it came from"
+            f"{name} was imported for recipes, which evaluate it; to ask it here name the "
+            "folder or the hub's name that it came from"
         )
     try:
         if folder.is_dir() and not (folder / "config.json").is_file():
@@ -56,7 +58,8 @@ def open_config(name: str, trusted: dict[str, bool]) -> Any:
     except OSError as error:
         told = str(error).split("\n")[0]
         raise FileNotFoundError(
-            f"{name} does not exist or holds no config.json ({told}); give a model's folder or name"
+            f"{name} does not exist or holds no config.json ({told}); give a model's whole folder, "
+            "or its name on the hub"
         ) from None
     except ValueError as error:
         if "trust_remote_code" in str(error):
@@ -130,7 +133,8 @@ def open_processor(name: str, config: Any, trusted: dict[str, bool]) -> Any:
                 f"{name}: its processor needs torchvision; pip install torchvision"
             ) from None
     raise ValueError(
-        f"{name} has weights and no processor {lacks}; put its preprocessor_config.json there"
+        f"{name} has weights and no processor {lacks}; put its processor_config.json or "
+        "preprocessor_config.json beside the weights"
     )
 
 
@@ -171,7 +175,8 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
     ]
     if wrong:
         raise ValueError(
-            f"{name}: its weight files do not fit its config.json: {some(wrong)}; put theirs there"
+            f"{name}: its weight files do not fit its config.json: {some(wrong)}; put the "
+            "sizes that they were saved with into config.json"
         )
     lacking = [one for one in told["missing_keys"] if not _SPARE.search(one)]
     if lacking:
@@ -179,7 +184,8 @@ def open_weights(name: str, config: Any, kind: str, options: dict[str, Any]) -> 
         held = f" and hold {some(foreign)} in their place" if foreign else ""
         raise ValueError(
             f"{name}: its weight files lack {some(lacking)} of a {type(model).__name__}{held}; "
-            f"nothing is drawn at random: give all that save_pretrained wrote, an adapter merged"
+            "nothing is drawn at random: give the whole folder that save_pretrained wrote (an "
+            "adapter merged, names without what a trainer put before them)"
         )
     settings = getattr(model, "generation_config", None)
     for key, value in _GREEDY.items() if settings is not None else ():

@@ -352,8 +352,8 @@ def _no_match(task: VisualTask, predictions: Sequence[Prediction], path: Path) -
     if unknown and len(unknown) < len(predictions):
         raise ValueError(
             f"{unknown[0].where} answers question {unknown[0].name}, which {task.name} does not "
-            f"have ({len(unknown):,} of {len(predictions):,} predictions); are they of another "
-            "split, release or cut (--ignore-unknown)?"
+            f"have ({len(unknown):,} of {len(predictions):,} predictions are of no question here); "
+            "are they of another split, release or cut (--ignore-unknown)?"
         )
     if len(predictions) == len(task.examples) and all(one.question for one in predictions):
         _refuse_others(list(zip(predictions, task.examples, strict=True)), task, path)

@@ -102,7 +102,8 @@ class TransformersAnswerer:
         bare = self._rendered([_turn("user", "What?", [])])
         if shown == bare or "'type': 'image'" in shown:
             raise ValueError(
-                f"{self.name}: its chat template drops the picture; mend chat_template.jinja"
+                f"{self.name}: its chat template drops the picture; put the one it was trained "
+                "with into its folder as chat_template.jinja"
             )
         self._checked = True
 
@@ -113,7 +114,8 @@ class TransformersAnswerer:
             if held is None and getattr(self.tokenizer, "chat_template", None) is not None:
                 known = "its tokenizer's, which the processor does not use"
             raise ValueError(
-                f"{self.name} has no chat template (known: {known or 'none'}); put one there"
+                f"{self.name} has no chat template (known: {known or 'none'}); put one into "
+                "its folder as chat_template.jinja"
             )
 
     @torch.no_grad()
@@ -203,7 +205,8 @@ class TransformersAnswerer:
         longest = max((limit for _, _, limit in asked), default=0)
         if longest >= (room := self._harness_model.max_length):
             raise ValueError(
-                f"{self.name} holds {room:,} tokens and is asked for {longest:,} new ones"
+                f"{self.name} holds {room:,} tokens and is asked for {longest:,} new ones; "
+                "leave tasks with written answers out"
             )
         requests = [
             (context, {"until": list(stops), "max_gen_toks": limit, "do_sample": False})
@@ -354,7 +357,8 @@ class TransformersAnswerer:
             )
         except (TemplateError, TypeError) as error:
             raise ValueError(
-                f"{self.name}: its chat template cannot lay a question out ({error}); mend it"
+                f"{self.name}: its chat template cannot lay a question out ({error}); put "
+                "one that can into its folder as chat_template.jinja"
             ) from None
         return str(text)
 

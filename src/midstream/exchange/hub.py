@@ -195,13 +195,15 @@ def check_downloaded(folder: Path, *, needed: str | None) -> None:
     )
     if unfinished:
         raise FileNotFoundError(
-            f"{folder} is half downloaded: {', '.join(unfinished)}; finish it, or delete these"
+            f"{folder} is half downloaded: {', '.join(unfinished)}; finish the "
+            "download, or delete these where it is finished"
         )
     for item in sorted(one for one in folder.iterdir() if one.is_file()):
         with item.open("rb") as stream:
             if stream.read(len(_LFS)) == _LFS:
                 raise FileNotFoundError(
-                    f"{folder} has a pointer of Git LFS in place of {item.name}; git lfs pull"
+                    f"{folder} has a pointer of Git LFS in place of {item.name}; get the "
+                    "files with: git lfs pull"
                 )
     weights = any(folder.glob("*model*.safetensors*")) or any(folder.glob("*model*.bin*"))
     if needed is not None and not ((folder / needed).is_file() and weights):
@@ -244,7 +246,8 @@ def read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if path.is_file() and path.read_bytes().startswith(codecs.BOM_UTF8):
         raise ValueError(
-            f"{path} begins with a byte order mark, which transformers cannot read; save it without"
+            f"{path} begins with a byte order mark, which transformers does not read; save it as "
+            "UTF-8 without one"
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -309,7 +312,8 @@ def check_plain(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> Non
     for name, value in tensors.items():
         if _UNMERGED.search(name):
             raise ValueError(
-                f"{folder} holds an adapter not merged with its weights ({name}); merge it by peft"
+                f"{folder} holds an adapter that is not merged with its weights ({name}); "
+                "save what peft's merge_and_unload() gives, and import that"
             )
         plain = value.dtype in _WIDENED or not name.endswith(".weight")
         if _QUANTISED.search(name) or not plain:
@@ -338,8 +342,9 @@ def _check_kept(
         )
     if head not in tensors and not config.tied_embeddings:
         raise ValueError(
-            f"{folder} has no output layer ({head}); where it is tied, set tie_word_embeddings to "
-            f"true in {told}, else this is a part of a language model: import the whole one"
+            f"{folder} has no output layer ({head}); where the embeddings serve as it, set "
+            f"tie_word_embeddings to true in {told}, else this is a part of a language model: "
+            "import the whole one"
         )
     if head not in tensors or not config.tied_embeddings:
         return None

@@ -98,7 +98,8 @@ def plan_vocabulary(
     begin = codec.begin_of_text
     if begin is not None and tokenizer.id_to_token(begin) is None:
         raise ValueError(
-            f"its post_processor puts id {begin:,} before each text, which is none of its tokens"
+            f"its post_processor puts id {begin:,} before each text, which is none of its tokens; "
+            "put the id that the token has there, or give another with --tokenizer"
         )
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in add_tokens])
     after = tokenizer.get_vocab(with_added_tokens=True)

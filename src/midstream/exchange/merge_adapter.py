@@ -33,7 +33,7 @@ def merged(folder: Path) -> LanguageModel:
     stated = read_json(folder / ADAPTER)
     base = stated.get(_BASE)
     if not base:
-        raise ValueError(f"{folder / ADAPTER} names no base model; merge the two first")
+        raise ValueError(f"{folder / ADAPTER} names no base model; merge it with its own first")
     try:
         from peft import PeftModel
     except ImportError:
@@ -69,7 +69,8 @@ def merged(folder: Path) -> LanguageModel:
     except Exception as error:  # whatever peft's own code raises
         why = " ".join(str(error).split())[:500]
         raise ValueError(
-            f"{folder} cannot be merged with {base}: {why}; merge it where it was trained"
+            f"{folder} cannot be merged with {base}: {why}; if it can be merged where it was "
+            "trained, import what that writes"
         ) from None
     config = describe(model.config)
     return LanguageModel(

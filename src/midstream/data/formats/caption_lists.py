@@ -38,7 +38,7 @@ from midstream.data.formats.files import (
     read_lines,
     unpacked,
 )
-from midstream.data.formats.pictures import picture_roots
+from midstream.data.formats.picture_files import picture_roots
 from midstream.data.formats.record_files import (
     columns_of,
     entries_of,

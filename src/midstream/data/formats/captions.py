@@ -10,7 +10,7 @@ from typing import Any
 
 from midstream.data.formats.files import is_folder, name_some
 from midstream.data.formats.packed import decoded
-from midstream.data.formats.pictures import NO_PICTURE, held_picture, load_picture, picture_in
+from midstream.data.formats.picture_files import NO_PICTURE, held_picture, load_picture, picture_in
 from midstream.data.formats.record_files import field_in, unicode_problem, unquoted
 from midstream.data.formats.records import TEXTS, CaptionRecord, ReadOptions, Sample
 from midstream.data.source_writer import Reject, RejectedError, or_reject

@@ -13,7 +13,7 @@ from typing import Any
 from midstream.data.examples import IMAGE_MARK, Turn
 from midstream.data.formats.document_parts import Pictures
 from midstream.data.formats.files import exists, find_files, full_name, is_folder, is_url, join
-from midstream.data.formats.pictures import PicturesByUrl, index_urls, picture_roots
+from midstream.data.formats.picture_files import PicturesByUrl, index_urls, picture_roots
 from midstream.data.formats.record_files import (
     NOT_UNICODE,
     TABLES,

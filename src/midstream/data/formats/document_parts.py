@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from midstream.data.formats.files import is_url
-from midstream.data.formats.pictures import (
+from midstream.data.formats.picture_files import (
     LARGEST_FILE,
     MISSING,
     NO_PICTURE,

@@ -53,7 +53,7 @@ from midstream.data.formats.files import (
     shown_files,
     size_of,
 )
-from midstream.data.formats.pictures import not_there
+from midstream.data.formats.picture_files import not_there
 from midstream.data.formats.record_files import (
     TABLES,
     columns_of,

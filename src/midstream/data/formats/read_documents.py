@@ -24,7 +24,7 @@ from midstream.data.formats.document_parts import (
     frames_of,
 )
 from midstream.data.formats.files import base_name, find_files, full_name, shown_files
-from midstream.data.formats.pictures import (
+from midstream.data.formats.picture_files import (
     MISSING,
     ZERO_BYTES,
     PicturesByUrl,

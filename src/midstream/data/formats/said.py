@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from midstream.data.examples import IMAGE_MARK, without_marks
-from midstream.data.formats.pictures import picture_in
+from midstream.data.formats.picture_files import picture_in
 from midstream.data.formats.record_files import unquoted
 from midstream.data.formats.records import is_picture
 from midstream.data.source_writer import RejectedError
