@@ -42,6 +42,11 @@ def run(
     `command` stands in for that of a worker. Raises ValueError also if jobs of the store are in a
     cluster's queue, or if the workers need more GPUs than there are.
     """
+
+    def known() -> tuple[str, ...]:
+        require_no_jobs(ledger.store)
+        return ()
+
     return run_study(
         study,
         ledger,
@@ -49,7 +54,7 @@ def run(
         on_event,
         lambda work: gpu_shares(machine),
         lambda work, features: LocalBackend(ledger, machine, features.of, command),
-        known=lambda: require_no_jobs(ledger.store),
+        known=known,
         retry=retry,
         skip_checks=skip_checks,
     )

@@ -258,11 +258,11 @@ class JobBook:
                 self.forget(name)
 
 
-def require_no_jobs(store: Path) -> tuple[()]:
-    """No names; ValueError if jobs of this store, or source, are in Slurm's queue, or may be."""
+def require_no_jobs(store: Path) -> None:
+    """Raises ValueError if jobs of this store, or source, are in Slurm's queue, or may be."""
     book = JobBook.of(store)
     if not book.entries:
-        return ()
+        return
     try:
         jobs = queue()
     except (Unreachable, FileNotFoundError) as reason:
@@ -278,7 +278,6 @@ def require_no_jobs(store: Path) -> tuple[()]:
             f"{len(live)} jobs of {store} are in Slurm's queue; follow them with --slurm, or "
             f"end them: scancel {' '.join(live)}"
         )
-    return ()
 
 
 def job_folder(store: Path, stage: str) -> Path:
