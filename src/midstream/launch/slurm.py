@@ -63,6 +63,8 @@ class Queued:
     is_started: bool = False
     told_before: str | None = None
     is_doubted: bool = False
+    # Its job ran before a parent was done.
+    is_early: bool = False
     reason: str = ""
 
     def news(self, path: Path) -> Iterator[Event]:
@@ -249,6 +251,8 @@ class SlurmBackend:
                     continue  # lost with a parent just now
                 entry = self.book.entries[name]
                 job = entry.among(jobs)
+                if job is not None and job.state == "RUNNING" and self._lacking(one):
+                    one.is_early = True  # Slurm forgot its parent's job
                 if job is None or not job.is_live:
                     yield from self._end(name, one, entry, job)
                 elif job.state == "PENDING" and job.reason != one.reason:
@@ -280,12 +284,16 @@ class SlurmBackend:
             ends = f"scancel {' '.join(self._ids(self.queued))} ends them"
             self._note(f"{count} left to Slurm: the same command follows them, {ends}")
 
+    def _lacking(self, one: Queued) -> list[Stage]:
+        return [parent for parent in one.row.stage.parents if not self.ledger.is_done(parent)]
+
     def _end(self, name: str, one: Queued, entry: Entry, job: Job | None) -> Iterator[Event]:
         """A stage's job is not in the queue any more."""
         job = slurm_job.ended_job(entry.job or "", entry.name, job)
         if job is not None and job.is_live:
             return  # it was put back meanwhile
-        parents = [parent for parent in one.row.stage.parents if not self.ledger.is_done(parent)]
+        parents = self._lacking(one)
+        early = parents or (one.row.stage.parents if one.is_early else ())
         found = verdict(
             one,
             entry.job or "",
@@ -294,7 +302,7 @@ class SlurmBackend:
             restarts_left=self.settings.restarts - self.restarts[name],
             num_forgotten=self.forgotten[name],
             parent_lost=any(parent.name not in self.queued for parent in parents),
-            waits_for=self.plan.labels[parents[0].name] if parents else "",
+            waits_for=label(early[0]) if early else "",
         )
         one.is_doubted = found.state == "doubted"
         if found.state == "waiting":
