@@ -1,11 +1,14 @@
 """What the end of a job means for its stage, from the ledger and what Slurm says."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from midstream.config import Machine
 from midstream.core.storage import write_json
 from midstream.cost.graph import PlanRow, plan
 from midstream.launch.slurm import MAX_FORGOTTEN, NEVER, Queued, Verdict, verdict
@@ -13,9 +16,14 @@ from midstream.launch.slurm_job import (
     Entry,
     Job,
     JobBook,
+    JobFailed,
+    StageJob,
     events_since,
-    limit_minutes,
+    job_folder,
 )
+from midstream.launch.submission import limit_minutes
+from midstream.launch.workers import work_line
+from midstream.study.label import label
 from midstream.study.store import Ledger, Stopped
 from midstream.study.studies import Study
 
@@ -163,3 +171,20 @@ def test_events_are_read_from_where_reading_ended_and_never_in_half(tmp_path: Pa
 )
 def test_a_partitions_time_is_read_as_slurm_prints_it(limit: str, minutes: float) -> None:
     assert limit_minutes(limit) == minutes
+
+
+def test_a_job_that_begins_before_a_parent_is_done_runs_nothing_and_says_so(
+    make_study: Callable[..., Study], ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = SimpleNamespace(node=0, job_id="12", hostname="here")
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: here)
+    child = next(row for row in plan(make_study(), ledger).rows if row.stage.parents)
+    given, events = (job_folder(ledger.store, child.stage.name) / x for x in ("given", "events"))
+    work = json.loads(work_line(child.stage, "auto"))
+    write_json(given, work | {"machine": Machine().model_dump(mode="json")})
+    with pytest.raises(JobFailed, match=r"it began before .* was done"):
+        StageJob(ledger.store, given, 0, 1, command=("no such program",))()
+    one = Queued(child)
+    assert list(one.news(events.with_suffix(".jsonl"))) == []
+    assert one.early is not None
+    assert (one.early["job"], one.early["waits_for"]) == ("12", label(child.stage.parents[0]))

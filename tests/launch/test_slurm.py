@@ -361,7 +361,6 @@ def test_a_killed_worker_is_begun_again_by_its_own_job(cluster: Cluster) -> None
     assert "ended with signal SIGKILL" in cluster.notes()
 
 
-@pytest.mark.faults
 @stand_in
 def test_a_controller_that_was_away_and_forgot_a_job_costs_nothing(cluster: Cluster) -> None:
     def forget(job: str) -> None:

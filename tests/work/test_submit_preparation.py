@@ -64,7 +64,7 @@ class Table:
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Table:
     table = Table()
-    monkeypatch.setattr(slurm_job, "require_slurm", lambda asked: None)
+    monkeypatch.setattr(prepare_on_slurm, "require_slurm", lambda asked: None)
     monkeypatch.setattr(slurm_job, "queue", table.queue)
     monkeypatch.setattr(slurm_job, "ask", table.ask)
     monkeypatch.setattr(slurm_job, "ended_job", lambda job, name, seen: seen)

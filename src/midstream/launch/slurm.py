@@ -30,6 +30,7 @@ from midstream.launch.slurm_job import (
 from midstream.launch.submission import (
     MAX_ARRAY,
     refusals,
+    require_slurm,
     shares_of,
     submit,
     tasks_before,
@@ -54,7 +55,8 @@ class Queued:
     """A stage whose job waits or runs, and what was told of it.
 
     `told_before`: when the stage had last ended before this job. `is_doubted`: its job ended well
-    though it is not done: a shared disk may be late. `tasks` go before the job.
+    though it is not done: a shared disk may be late. `early`: what its job said that began before
+    a parent was done. `tasks` go before the job.
     """
 
     row: PlanRow
@@ -63,8 +65,7 @@ class Queued:
     is_started: bool = False
     told_before: str | None = None
     is_doubted: bool = False
-    # Its job ran before a parent was done.
-    is_early: bool = False
+    early: Event | None = None
     reason: str = ""
 
     def news(self, path: Path) -> Iterator[Event]:
@@ -79,6 +80,7 @@ class Queued:
                 yield {"event": "note", "text": f"{label(self.row.stage)}: {lost}"}
         yield from [event for event in events if event["event"] == "progress"][-1:]
         for event in events:
+            self.early = event if event["event"] == "early" else self.early
             if event["event"] in ("requeued", "restarted"):
                 why = event.get("why") or event.get("error")
                 text = f"{label(self.row.stage)} is {event['event']}: {why}"
@@ -114,8 +116,8 @@ def verdict(
     """What the end of a job means for its stage: the store's word counts before Slurm's.
 
     `job` is None if Slurm does not know it, `num_forgotten` so many before it; `parent_lost` says
-    that a parent is neither done nor has a job; `waits_for` names one whose job is still to end,
-    which a controller that forgot it does not wait for.
+    that a parent is neither done nor has a job; `waits_for` names one that was not done when
+    the job began: a controller that forgot its job does not wait for it.
     """
     stage = one.row.stage
     if ledger.is_done(stage):
@@ -241,8 +243,7 @@ class SlurmBackend:
             self.wait_seconds = self.settings.poll_seconds
         with self.patience.asking():
             for name, one in list(self.queued.items()):
-                for event in one.news(job_folder(self.store, name) / "events.jsonl"):
-                    yield event | {"worker": self.numbers[name], "log": self._log(name)}
+                yield from self._news(name, one)
                 if self.ledger.is_done(one.row.stage):
                     yield self._finished(name, "done")
             jobs = slurm_job.queue()
@@ -251,8 +252,6 @@ class SlurmBackend:
                     continue  # lost with a parent just now
                 entry = self.book.entries[name]
                 job = entry.among(jobs)
-                if job is not None and job.state == "RUNNING" and self._lacking(one):
-                    one.is_early = True  # Slurm forgot its parent's job
                 if job is None or not job.is_live:
                     yield from self._end(name, one, entry, job)
                 elif job.state == "PENDING" and job.reason != one.reason:
@@ -284,16 +283,18 @@ class SlurmBackend:
             ends = f"scancel {' '.join(self._ids(self.queued))} ends them"
             self._note(f"{count} left to Slurm: the same command follows them, {ends}")
 
-    def _lacking(self, one: Queued) -> list[Stage]:
-        return [parent for parent in one.row.stage.parents if not self.ledger.is_done(parent)]
+    def _news(self, name: str, one: Queued) -> Iterator[Event]:
+        for event in one.news(job_folder(self.store, name) / "events.jsonl"):
+            yield event | {"worker": self.numbers[name], "log": self._log(name)}
 
     def _end(self, name: str, one: Queued, entry: Entry, job: Job | None) -> Iterator[Event]:
         """A stage's job is not in the queue any more."""
         job = slurm_job.ended_job(entry.job or "", entry.name, job)
         if job is not None and job.is_live:
             return  # it was put back meanwhile
-        parents = self._lacking(one)
-        early = parents or (one.row.stage.parents if one.is_early else ())
+        yield from self._news(name, one)
+        parents = [parent for parent in one.row.stage.parents if not self.ledger.is_done(parent)]
+        early = one.early if one.early and one.early["job"] == entry.job else None
         found = verdict(
             one,
             entry.job or "",
@@ -302,7 +303,7 @@ class SlurmBackend:
             restarts_left=self.settings.restarts - self.restarts[name],
             num_forgotten=self.forgotten[name],
             parent_lost=any(parent.name not in self.queued for parent in parents),
-            waits_for=label(early[0]) if early else "",
+            waits_for=early["waits_for"] if early else "",
         )
         one.is_doubted = found.state == "doubted"
         if found.state == "waiting":
@@ -412,7 +413,7 @@ def run_on_slurm(
 
     def require(work: Plan) -> None:
         kinds = {row.stage.kind for row in work.to_run}
-        slurm_job.require_slurm(settings.resources(kind) for kind in kinds)
+        require_slurm(settings.resources(kind) for kind in kinds)
         num_jobs = sum(1 + tasks_before(row.stage, settings) for row in work.to_run)
         if detach and num_jobs > settings.max_jobs:
             raise ValueError(

@@ -1,14 +1,12 @@
 """What is asked of Slurm by its own commands, which job has which stage, and what a job does."""
 
 import json
-import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,19 +14,16 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import Any, NoReturn
 
-from midstream.config import Machine, SlurmResources
+from midstream.config import Machine
 from midstream.core.storage import append_line, read_json, write_json
 from midstream.launch.workers import STOPPED_EXIT_CODE, Event, Worker, event_of, write_work
-from midstream.study.label import label, nearest
+from midstream.study.label import label
 from midstream.study.lease import STALE_SECONDS, is_held
 from midstream.study.stages import Stage, stage_from_json
 from midstream.study.store import Ledger
 
-COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")
 # A command that says nothing for so long has not reached the controller.
 ANSWER_SECONDS = 120.0
-# The partition that jobs get where none is named.
-DEFAULT = "the default partition"
 # States of a job that has ended and will not begin again by itself.
 ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
@@ -91,61 +86,6 @@ class Job:
         text = f"Slurm ended job {self.id} as {self.state}"
         text += f" ({', '.join(parts)})" if parts else ""
         return f"{text}: {REMEDIES[self.state]}" if self.state in REMEDIES else text
-
-
-def require_slurm(asked: Iterable[SlurmResources]) -> None:
-    """Raises ValueError where Slurm's commands or submitit are missing or do not answer, or a
-    partition that is asked for does not exist or gives less time: a job would wait there for ever.
-    """
-    missing = [name for name in COMMANDS if shutil.which(name) is None]
-    if missing:
-        raise ValueError(
-            f"no {', '.join(missing)} on the PATH: run this where jobs are submitted to Slurm, "
-            "or leave --slurm out"
-        )
-    try:
-        import submitit  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "jobs are submitted with submitit, which is not installed: "
-            "pip install 'midstream[cluster]'"
-        ) from None
-    minutes: dict[str, float] = {}
-    try:
-        told = ask("sinfo", "--noheader", "--all", "--format=%P|%l")
-    except Unreachable as reason:
-        raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
-    for partition, limit in columns(told, 2):
-        minutes[partition.removesuffix("*")] = limit_minutes(limit)
-        if partition.endswith("*"):
-            minutes[DEFAULT] = limit_minutes(limit)
-    wanted = {(one.partition or DEFAULT, one.time_minutes or 0) for one in asked}
-    # Those that somebody named first.
-    for names, least in sorted(wanted, key=lambda pair: (pair[0] == DEFAULT, pair)):
-        for name in names.split(","):
-            if name in minutes and least > minutes[name]:
-                place = name if name == DEFAULT else f"partition {name}"
-                raise ValueError(
-                    f"time_minutes is {least}, but {place} gives {minutes[name]:.0f}: ask for less "
-                    "with --slurm-set time_minutes=N; a stage that needs longer goes on in the "
-                    "next piece"
-                )
-            if name not in minutes and name != DEFAULT:
-                known = sorted(minutes.keys() - {DEFAULT})
-                raise ValueError(
-                    f"Slurm has no partition {name!r}; {nearest(name, known)}it has "
-                    f"{', '.join(known)}: choose one with --slurm-set partition=NAME"
-                )
-
-
-def limit_minutes(limit: str) -> float:
-    """Minutes of a time as sinfo prints it: 2-12:00:00, 1:00:00, 30:00, infinite."""
-    days, dash, rest = limit.rpartition("-")
-    parts = rest.split(":")
-    if not all(part.isdigit() for part in parts):  # infinite, n/a
-        return math.inf
-    hours, minutes, seconds = [0.0, 0.0, *(float(part) for part in parts)][-3:]
-    return (int(days) if dash else 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def queue() -> dict[str, Job]:
@@ -376,7 +316,9 @@ class _Run:
         self.keep: Callable[[Event], None] = append_line(self.events)
 
     def run(self, machine: Machine, given: dict[str, Any]) -> None:
-        """Run the stage, or this node's share of its ranks."""
+        """Run the stage, or this node's share of its ranks; JobFailed where it does not end well,
+        or a parent is not done."""
+        self._refuse_early()
         for number in TOLD_TO_STOP:
             signal.signal(number, self._note)
         node = self.place.node
@@ -400,6 +342,15 @@ class _Run:
         # The ranks of node 0 say how it went; torchrun ends with 1 after a good stop as well.
         if self.is_first and not self.ledger.is_done(self.stage):
             self._end(worker, code)
+
+    def _refuse_early(self) -> None:
+        """Raises JobFailed where a parent is not done: Slurm forgot the job that this one waits
+        for, or a shared disk is late."""
+        lacking = [label(one) for one in self.stage.parents if not self.ledger.is_done(one)]
+        if lacking and self.is_first:
+            self.keep({"event": "early", "waits_for": lacking[0], "job": self.place.job_id})
+        if lacking:
+            raise JobFailed(f"{label(self.stage)}: it began before {lacking[0]} was done")
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.inbox.put((None, {"event": "signal", "signal": number}))

@@ -1,10 +1,12 @@
-"""Jobs handed to Slurm with submitit; a job that has a work of ours done."""
+"""What Slurm must have; jobs handed to it with submitit; a job that has a work of ours done."""
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,21 @@ from typing import Any
 from midstream.config import SlurmResources, SlurmSettings
 from midstream.core.storage import read_json, write_json
 from midstream.launch import workers
-from midstream.launch.slurm_job import JobBook, JobFailed, Unreachable, job_folder, queue_again
+from midstream.launch.slurm_job import (
+    JobBook,
+    JobFailed,
+    Unreachable,
+    ask,
+    columns,
+    job_folder,
+    queue_again,
+)
+from midstream.study.label import nearest
 from midstream.study.stages import PrepareSource, Stage
 
+COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")
+# The partition that jobs get where none is named.
+DEFAULT = "the default partition"
 # The most jobs of one array (Slurm's own MaxArraySize is 1001 where nothing else is said).
 MAX_ARRAY = 1000
 # What sbatch says when the controller may come back, or of a job that is to wait for one which it
@@ -50,6 +64,61 @@ SAID = {
 }
 # So often a work that resumes is queued again at the end of its time; more than a source takes.
 MAX_PIECES = 20
+
+
+def require_slurm(asked: Iterable[SlurmResources]) -> None:
+    """Raises ValueError where Slurm's commands or submitit are missing or do not answer, or a
+    partition that is asked for does not exist or gives less time: a job would wait there for ever.
+    """
+    missing = [name for name in COMMANDS if shutil.which(name) is None]
+    if missing:
+        raise ValueError(
+            f"no {', '.join(missing)} on the PATH: run this where jobs are submitted to Slurm, "
+            "or leave --slurm out"
+        )
+    try:
+        import submitit  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "jobs are submitted with submitit, which is not installed: "
+            "pip install 'midstream[cluster]'"
+        ) from None
+    minutes: dict[str, float] = {}
+    try:
+        told = ask("sinfo", "--noheader", "--all", "--format=%P|%l")
+    except Unreachable as reason:
+        raise ValueError(f"{reason}; run the same command again once Slurm answers") from None
+    for partition, limit in columns(told, 2):
+        minutes[partition.removesuffix("*")] = limit_minutes(limit)
+        if partition.endswith("*"):
+            minutes[DEFAULT] = limit_minutes(limit)
+    wanted = {(one.partition or DEFAULT, one.time_minutes or 0) for one in asked}
+    # Those that somebody named first.
+    for names, least in sorted(wanted, key=lambda pair: (pair[0] == DEFAULT, pair)):
+        for name in names.split(","):
+            if name in minutes and least > minutes[name]:
+                place = name if name == DEFAULT else f"partition {name}"
+                raise ValueError(
+                    f"time_minutes is {least}, but {place} gives {minutes[name]:.0f}: ask for less "
+                    "with --slurm-set time_minutes=N; a stage that needs longer goes on in the "
+                    "next piece"
+                )
+            if name not in minutes and name != DEFAULT:
+                known = sorted(minutes.keys() - {DEFAULT})
+                raise ValueError(
+                    f"Slurm has no partition {name!r}; {nearest(name, known)}it has "
+                    f"{', '.join(known)}: choose one with --slurm-set partition=NAME"
+                )
+
+
+def limit_minutes(limit: str) -> float:
+    """Minutes of a time as sinfo prints it: 2-12:00:00, 1:00:00, 30:00, infinite."""
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in parts):  # infinite, n/a
+        return math.inf
+    hours, minutes, seconds = [0.0, 0.0, *(float(part) for part in parts)][-3:]
+    return (int(days) if dash else 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
 class Refused(Exception):  # noqa: N818 - it says what sbatch says

@@ -128,6 +128,7 @@ class _Bars(_Display):
         self.running: dict[str, TaskID] = {}
 
     def draw(self, event: Event, stage: str) -> None:
+        """A bar for each stage that runs, and one for all."""
         match event["event"]:
             case "plan":
                 self.overall = self.bars.add_task("stages", total=self.num_stages, details="")
@@ -153,6 +154,7 @@ class _Lines(_Display):
         self.last: dict[str, float] = {}
 
     def draw(self, event: Event, stage: str) -> None:
+        """A line with its time, of each stage one every so often."""
         kind, text, now = event["event"], _told(event), time.monotonic()
         if kind == "finished":
             text += f" ({self.num_done}/{self.num_stages})"

@@ -21,6 +21,7 @@ from midstream.config import (
     Share,
     TokenizerFile,
     Training,
+    WarmupCosine,
 )
 from midstream.config.training import pool_of
 from midstream.core.digests import is_hidden, is_note
@@ -31,13 +32,7 @@ from midstream.core.identity import (
     source_folders,
     world_fingerprint,
 )
-from midstream.recipes.lines import (
-    END_RATE,
-    finetuned_line,
-    finetuning,
-    image_text_schedule,
-    text_only,
-)
+from midstream.recipes.lines import END_RATE, finetuned_line, finetuning, text_only
 from midstream.study.imported import ImportRecord, as_imported, load_model, read_import
 from midstream.study.stages import (
     Continue,
@@ -116,9 +111,7 @@ def image_shares(
             training=Training(
                 budget=_mixture(root, share, documents, continue_tokens, max_epochs),
                 rows=Rows(row_length=row_length, batch_rows=batch_rows),
-                schedule=image_text_schedule(1.0, rewarm_rate)
-                if rewarm_rate
-                else ContinuedCosine(end_rate=END_RATE),
+                schedule=_schedule(rewarm_rate),
                 encoder_rate_factor=encoder_rate_factor or None,
                 seed=seed,
             ),
@@ -199,6 +192,12 @@ def _checkpoint(folder: Path, rewarm_rate: float) -> ImportRecord:
             "up again with rewarm_rate"
         )
     return record
+
+
+def _schedule(rewarm_rate: float) -> WarmupCosine | ContinuedCosine:
+    if rewarm_rate:
+        return WarmupCosine(peak_rate=rewarm_rate, end_rate=END_RATE, warmup_fraction=0.05)
+    return ContinuedCosine(end_rate=END_RATE)
 
 
 def _asked(root: Path, limit: int, max_new_tokens: int) -> Evaluation:

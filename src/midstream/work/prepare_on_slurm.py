@@ -21,7 +21,7 @@ from midstream.data.prepare_source import SourcePlan, only_one, unread_of
 from midstream.data.shard_state import TaskShare, lacking
 from midstream.launch import slurm_job
 from midstream.launch.slurm_job import Entry, Job, JobBook, Patience
-from midstream.launch.submission import WorkJob, num_tasks, refusals, submit
+from midstream.launch.submission import WorkJob, num_tasks, refusals, require_slurm, submit
 
 Done = TypeVar("Done")
 Progress = Callable[[float, str], None]
@@ -69,7 +69,7 @@ class OnSlurm:
         Raises ValueError with what the finishing job says, or why a task ended; without Slurm, for
         what it does not have, and if jobs of another preparation of the source are in its queue.
         """
-        slurm_job.require_slurm([self.asked])
+        require_slurm([self.asked])
         unread_of(self.plan, print)
         (self.out / "slurm").mkdir(parents=True, exist_ok=True)
         restarts = self.settings.restarts
