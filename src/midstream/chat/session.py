@@ -334,7 +334,8 @@ class ChatSession:
         config = self.opened.vlm.config.encoder
         if config is None:
             raise ValueError(
-                f"{self.opened.name} is without an encoder, it cannot see {picture}; ask another"
+                f"{self.opened.name} is without an encoder, it cannot see {picture}; chat with an "
+                "image-text or fine-tuned stage"
             )
         # A path has one slash where an address has two.
         if address := re.match(r"(https?|s3|gs|hf|data):/?", str(picture)):

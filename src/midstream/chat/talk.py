@@ -257,7 +257,8 @@ def _bound(port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"port {port} of {HOST} cannot be used ({error.strerror}); give another --port, or 0"
+            f"port {port} of {HOST} cannot be used ({error.strerror}); give another --port, or 0 "
+            "for a free one"
         ) from None
     # Who comes before the server is up then waits for it.
     listener.listen()

@@ -110,7 +110,9 @@ def fetch(name: str, revision: str | None) -> Path:
             f"check the spelling, or accept its terms at {page} and log in with: hf auth login"
         ) from None
     except errors.HFValidationError:
-        raise FileNotFoundError(f"{name} is no file or folder, nor a hub model") from None
+        raise FileNotFoundError(
+            f"{name} is no file or folder, nor the name of a hub model"
+        ) from None
     except OSError as error:
         why = f"the hub did not answer ({(str(error).splitlines() or [''])[0]})"
         option = f" --revision {revision}" if revision else ""

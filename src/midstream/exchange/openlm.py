@@ -275,7 +275,8 @@ def _decoder_config(
     for name, value in (seen | {"qk_norm": has_norms}).items():
         if settings.get(name, value) != value:
             raise ValueError(
-                f"{path} has {name} {value}, its settings say {settings[name]}; of another run?"
+                f"{path} has {name} {value}, its settings say {settings[name]}; "
+                "they are of another run"
             )
     heads = {"given": num_heads, "settings": settings.get("n_heads")}
     if tables:
