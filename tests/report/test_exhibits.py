@@ -177,7 +177,7 @@ def test_every_table_is_exported_with_all_digits_and_as_latex(
     facts = gather(tabled(), filled)
     made_of = exports(facts)
     write_exports(made_of, tmp_path / "out")
-    names = {"scores", "cost", "pairs", "table"}
+    names = {"scores", "cost", "table"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"{name}.{suffix}" for name in names for suffix in ("csv", "tex")
     }

@@ -19,7 +19,7 @@ from midstream.report.line_rows import (
     ranked,
     tasks_of,
 )
-from midstream.report.pairs import Examples, Gap, mean_gap
+from midstream.report.samples import Examples, Gap, mean_gap
 from midstream.report.verdicts import Comparison, Sides, compare
 from midstream.study.stages import Evaluate
 from midstream.study.studies import Claim, Study, place_name

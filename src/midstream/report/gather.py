@@ -20,7 +20,6 @@ from midstream.report.findings import (
     place,
     points,
     score_name,
-    signed,
     versus,
 )
 from midstream.report.line_rows import (
@@ -37,7 +36,7 @@ from midstream.report.line_rows import (
     tasks_of,
     write_csv,
 )
-from midstream.report.pairs import Examples, Gap, Pair, paired_rows, results_by_place
+from midstream.report.samples import Examples, results_by_place
 from midstream.report.size_laws import Laws, ladder_grid, ladder_records, laws_of
 from midstream.report.table import (
     Grid,
@@ -202,7 +201,6 @@ class Facts:
     rows: list[LineRow]
     groups: list[Group]
     tasks: list[Task]
-    pairs: list[Pair]
     findings: list[Finding]
     view: View | None
     costs: list[KindCost]
@@ -232,7 +230,6 @@ def gather(study: Study, ledger: Ledger) -> Facts:
         rows=rows,
         groups=groups,
         tasks=[_task(name, kind, rows) for name, kind in tasks_of(study)],
-        pairs=paired_rows(study, groups, examples),
         findings=findings(study, rows, groups, examples),
         view=table_view(study, rows),
         costs=cost_rows(planned, snapshot),
@@ -333,12 +330,9 @@ class Export:
 
 
 def exports(facts: Facts) -> list[Export]:
-    """Means, differences on the same examples, cost, the study's own table and laws if it has
-    them."""
+    """Means, cost, and what the study has of its own: table, laws, pictures seen."""
     study = facts.study
     made = [scores_export(study, facts.groups), _cost_export(study, facts.costs)]
-    if facts.pairs:
-        made.append(_pairs_export(study, facts.pairs))
     if facts.view is not None:
         made.append(Export("table", view_grid(facts.view), tuple(view_records(facts.view))))
     if facts.laws:
@@ -385,33 +379,6 @@ def spread_words(spread: Spread) -> str:
     if spread.mean is None:
         return "missing"
     return points(spread.mean) + ("" if spread.sd is None else f" ± {points(spread.sd)}")
-
-
-def _pairs_export(study: Study, pairs: Sequence[Pair]) -> Export:
-    tasks = list(dict.fromkeys(task for row in pairs for task in row.tasks))
-    rows, records = [], []
-    for row in pairs:
-        name = f"{place(row.best)} less {place(row.x)}"
-        name += "" if row.by is None else f", {study.figure.by} {place(row.by)}"
-        gaps = {"all": row.whole} | row.tasks
-        cells = [_gap_words(gaps.get(task)) for task in ("all", *tasks)]
-        rows.append((name, *cells))
-        for task, gap in gaps.items():
-            at = {"best": row.best, "x": row.x, "by": row.by, "task": task}
-            numbers = {"mean": gap.mean, "low": gap.low, "high": gap.high, "p": gap.p_value}
-            records.append(at | numbers)
-    note = "differences in points on the same examples, with 95 % intervals over examples"
-    heads = (study.figure.x_label, "all tasks", *tasks)
-    grid = Grid(f"{study.name}: on the same examples", heads, tuple(rows), (note,))
-    return Export("pairs", grid, tuple(records))
-
-
-def _gap_words(gap: Gap | None) -> str:
-    if gap is None:
-        return "–"
-    if gap.low is None or gap.high is None:
-        return signed(gap.mean)
-    return f"{signed(gap.mean)} ({signed(gap.low)} to {signed(gap.high)})"
 
 
 def _cost_export(study: Study, costs: Sequence[KindCost]) -> Export:

@@ -51,7 +51,7 @@ from midstream.report.line_rows import (
     stable_of,
     write_csv,
 )
-from midstream.report.pairs import samples
+from midstream.report.samples import samples
 from midstream.report.size_laws import ladder_figure, ladder_grid
 from midstream.report.table import (
     budgets,
@@ -100,7 +100,6 @@ def _environment() -> Environment:
         "signed": signed,
         "engineering": quantity,
         "duration": duration,
-        "p_value": lambda value: "< .0001" if value < 1e-4 else f"{value:.2g}",
     }
     return environment
 

@@ -1,4 +1,4 @@
-"""Lines on the same examples, and samples of their answers to look at.
+"""Stored answers: two sides on the same examples, and samples to look at.
 
 Repetitions are averaged per example; errors are in closed form, since there are hundreds.
 """
@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from midstream.core.stats import CONFIDENCE, mean_by_split, standard_error
-from midstream.report.line_rows import Group, best_group, curves_of, tasks_of
 from midstream.study.stages import Evaluate
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
@@ -30,16 +29,12 @@ Found = dict[str, tuple[float, str, str]]
 
 @dataclass(frozen=True)
 class Gap:
-    """A mean difference on the same examples with its normal 95 % interval and two-sided p.
-
-    The interval is None where nothing can be said (below two clusters), p also where it has no
-    width.
+    """A mean difference on the same examples with its normal 95 % interval, None below two
+    clusters.
     """
 
     mean: float
     stderr: float | None
-    num_examples: int = 0
-    num_clusters: int = 0
 
     @property
     def low(self) -> float | None:
@@ -50,13 +45,6 @@ class Gap:
     def high(self) -> float | None:
         """The interval's upper end."""
         return None if self.stderr is None else self.mean + _HALF * self.stderr
-
-    @property
-    def p_value(self) -> float | None:
-        """By the normal distribution."""
-        if not self.stderr:
-            return None
-        return 2 * NormalDist().cdf(-abs(self.mean) / self.stderr)
 
 
 _HALF = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
@@ -78,7 +66,7 @@ class Examples:
         gaps = [first[key][0] - second[key][0] for key in keys]
         images, splits = [first[key][1] for key in keys], [first[key][2] for key in keys]
         error = standard_error(gaps, images, splits)
-        return Gap(mean_by_split(gaps, splits), error, len(keys), len(set(images)))
+        return Gap(mean_by_split(gaps, splits), error)
 
     def _mean(self, results: Sequence[Evaluate], task: str) -> Found | None:
         """Each example's score, averaged over repetitions, its picture and split."""
@@ -129,38 +117,6 @@ def mean_gap(gaps: Sequence[Gap]) -> Gap:
     known = [error for error in errors if error is not None]
     whole = math.sqrt(math.fsum(error**2 for error in known)) / len(errors)
     return Gap(mean, whole if len(known) == len(errors) else None)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The best place of a curve less another one, by task, and `whole`, their mean."""
-
-    by: Any
-    best: Any
-    x: Any
-    tasks: dict[str, Gap]
-    whole: Gap
-
-
-def paired_rows(study: Study, groups: Sequence[Group], examples: Examples) -> list[Pair]:
-    """The best group of each curve less every other group of it, over the visual tasks.
-
-    Left out are groups that are not done, and tasks whose examples differ.
-    """
-    tasks = [name for name, kind in tasks_of(study) if kind == "vision"]
-    members = results_by_place(study)
-    rows = []
-    for by, own in curves_of(groups).items():
-        best = best_group(own, "stable.vision")
-        for other in own:
-            if best is None or other is best:
-                continue
-            ones, others = members[best.x, by], members[other.x, by]
-            asked = {task: examples.gap(ones, others, task) for task in tasks}
-            found = {task: gap for task, gap in asked.items() if gap is not None}
-            if found:
-                rows.append(Pair(by, best.x, other.x, found, mean_gap(list(found.values()))))
-    return rows
 
 
 def results_by_place(study: Study) -> dict[Place, list[Evaluate]]:
