@@ -119,6 +119,13 @@ def test_the_layouts_of_sharegpt_with_a_list_of_images_are_read(put: Put) -> Non
     ]
 
 
+def test_a_record_that_is_a_list_of_turns_is_a_conversation(put: Put) -> None:
+    talks = [messages("Who?", "Ben.")["messages"], messages("Why?", "So.")["messages"], [], [1]]
+    expected = [((("Who?", "Ben."),), None), ((("Why?", "So."),), None), "not a JSON object"]
+    for name, data in (("a.json", as_json(talks)), ("b.jsonl", as_lines(talks))):
+        assert [shown(item) for item in read(put(name, data))] == [*expected, expected[-1]]
+
+
 def test_pictures_are_looked_for_in_the_folder_that_is_named(put: Put) -> None:
     put("elsewhere/a.jpg", DOG)
     put("text/a.jpg", CAT)

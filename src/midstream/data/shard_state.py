@@ -30,7 +30,7 @@ from midstream.data.source_writer import REJECTS, Reject
 from midstream.data.sources import FORMAT, INDEX
 
 # By section; raise one when equal input would give another shard: its shards are then made anew.
-PREPARATION: dict[Section, int] = {"text": 5, "captions": 7, "conversations": 9, "documents": 6}
+PREPARATION: dict[Section, int] = {"text": 5, "captions": 7, "conversations": 10, "documents": 6}
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,11 @@ _NEXT_BRACKET = re.compile(rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+([{}\[\]])", r
 _NEXT_IN_LIST = re.compile(rb'(?:[^"{}\[\],]++|' + _STRING + rb")*+([{}\[\],])", re.DOTALL)
 
 
-def json_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`; RejectedError says why there is none."""
+def json_object(data: bytes, lists: str = "") -> dict[str, Any]:
+    """The JSON object in `data`; RejectedError says why there is none.
+
+    Where `lists` is a key, a list of objects is an object that has it under that key.
+    """
     if not data.strip(_SPACE):
         raise RejectedError(NO_OBJECT, "nothing stands there; a comma too many?")
     try:
@@ -57,6 +60,8 @@ def json_object(data: bytes) -> dict[str, Any]:
     # ValueError: also numbers of thousands of digits; RecursionError: thousands of brackets.
     except (ValueError, RecursionError) as error:
         raise RejectedError(NO_OBJECT, str(error)) from None
+    if lists and isinstance(found, list) and found and all(isinstance(x, dict) for x in found):
+        return {lists: found}
     if not isinstance(found, dict):
         raise RejectedError(NO_OBJECT, type(found).__name__)
     return found
