@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from midstream.config import (
     DECODERS,
@@ -14,6 +15,7 @@ from midstream.config import (
     Mixture,
     Rows,
     Share,
+    TokenizerFile,
 )
 from midstream.cost import DEVICES, GPUS, UTILISATION, find_gpu, gpu_of_device
 from midstream.cost.cost import model_parameters, work_of
@@ -43,6 +45,13 @@ def large(make_study: MakeStudy, name: str = "1b") -> Pretrain:
     budget = Mixture(total_tokens=28 * 10**9, shares=shares)
     training = text.training.model_copy(update={"rows": rows, "budget": budget})
     return text.model_copy(update={"decoder": DECODERS[name], "training": training})
+
+
+def with_data(study: Study, **changed: Any) -> Study:
+    """The study on other data; all its stages have the same."""
+    data = study.lines[0].result.of.data
+    other = data.model_copy(update=changed).model_dump_json()
+    return Study.model_validate_json(study.model_dump_json().replace(data.model_dump_json(), other))
 
 
 def test_gpus_are_found_by_name_or_given_in_numbers() -> None:
@@ -196,20 +205,31 @@ def test_disk_holds_milestones_with_moments_and_weights_of_the_rest(
     assert found.peak_bytes >= found.kept_bytes
 
 
+def test_a_token_takes_four_bytes_where_its_tokenizer_has_more_ids_than_two_bytes_tell(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    told = ExpectedSource(
+        name="stories", kind="text", num_examples=100, num_tokens=5_000, num_targets=2_000
+    )
+    for words, token in ((2**16 - 2, 2), (2**16 - 1, 4)):
+        path = tmp_path / f"{words}.json"
+        # Beside the words an end of text and the separator.
+        Tokenizer(models.WordLevel({str(n): n for n in range(words)}, "0")).save(str(path))
+        tokenizer = TokenizerFile.read(path)
+        study = with_data(make_study(), tokenizer=tokenizer, expected=(told,))
+        found = price(plan(study, Ledger(tmp_path)), Ledger(tmp_path), Fleet(A100))
+        (kept,) = (s.kept for s in found.stages if getattr(s.row.stage, "source", "") == "stories")
+        assert kept == 5_000 * token + 100 * 24
+
+
 def test_expected_sources_price_a_study_whole(make_study: MakeStudy, tmp_path: Path) -> None:
-    study = make_study()
     told = {"num_examples": 100, "num_tokens": 5_000, "num_targets": 2_000}
     expected = (
         ExpectedSource(name="stories", kind="text", **told),
         ExpectedSource(name="captions", kind="caption", num_images=100, **told),
         ExpectedSource(name="chats", kind="instruct", num_images=50, **told),
     )
-    text = study.model_dump_json()
-    data = study.lines[0].result.of.data
-    told_data = data.model_copy(update={"expected": expected}).model_dump_json()
-    work = plan(
-        Study.model_validate_json(text.replace(data.model_dump_json(), told_data)), Ledger(tmp_path)
-    )
+    work = plan(with_data(make_study(), expected=expected), Ledger(tmp_path))
     assert work.num_unknown == 0
     assert work.num_expected == len([r for r in work.rows if "prepare" not in r.stage.kind])
     assert all(row.cost.flops is not None for row in work.rows)

@@ -9,11 +9,11 @@ from typing import Literal
 
 import numpy as np
 
-from midstream.config import Caption, PublicFolder
+from midstream.config import Caption, PublicFolder, Tokenizer, TrainedTokenizer, num_ids
 from midstream.core.identity import PREPARED, SECTIONS
 from midstream.core.tokens import num_shown
 from midstream.study.results import Lengths, SourceResult
-from midstream.study.stages import Prepare, PrepareSource
+from midstream.study.stages import PLANNED, Prepare, PrepareSource
 from midstream.study.store import Ledger
 
 Number = float | int
@@ -140,6 +140,15 @@ def prepared_index(source: PrepareSource) -> Path | None:
         return None
     paths = (world.root / section / source.source / PREPARED for section in SECTIONS)
     return next((path for path in paths if path.is_file()), None)
+
+
+def ids_of(tokenizer: Tokenizer) -> int | None:
+    """How many ids a tokenizer has, at the most where it is still to be trained; None of a file
+    that is not there."""
+    if isinstance(tokenizer, TrainedTokenizer):
+        return tokenizer.vocab_size
+    is_there = tokenizer.path.is_file() and not tokenizer.sha256.startswith(PLANNED)
+    return num_ids(tokenizer.path) if is_there else None
 
 
 def facts_of_results(source: SourceResult) -> Facts:

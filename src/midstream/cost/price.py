@@ -5,12 +5,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from midstream.config import Machine, TrainedTokenizer
+from midstream.config import Machine
 from midstream.core.tokens import duration, quantity, rounded
 from midstream.cost import LEAST_HOURS, UTILISATION, Gpu
 from midstream.cost.cost import Flops, model_parameters, trained_parameters, work_of
 from midstream.cost.graph import Plan, PlanRow
-from midstream.cost.known import Number, Schedule, Task, facts_of, prepared_index, schedule
+from midstream.cost.known import (
+    Number,
+    Schedule,
+    Task,
+    facts_of,
+    ids_of,
+    prepared_index,
+    schedule,
+)
 from midstream.cost.pictures import FeaturePlan
 from midstream.cost.taken import FLOAT, Memory, Setting, memory
 from midstream.cost.workload import Workload
@@ -250,9 +258,8 @@ def _disk(row: PlanRow, work: Workload | None, ledger: Ledger) -> tuple[Number, 
                 # Nothing is known of it, or it lies in the user's own folder.
                 return 0.0, 0.0
             # The columns of `data/source_writer.py`.
-            tokenizer = stage.tokenizer.tokenizer
-            large = isinstance(tokenizer, TrainedTokenizer) and tokenizer.vocab_size > 2**16
-            token, example = 4 if large else 2, 24
+            ids = ids_of(stage.tokenizer.tokenizer)
+            token, example = 2 if ids is None or ids <= 2**16 else 4, 24
             if facts.kind != "text":
                 # Which tokens are targets; pictures and where they lie; the record's name.
                 token, example = token + 1, example + 32 + NAME_BYTES

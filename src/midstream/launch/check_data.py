@@ -16,19 +16,16 @@ from midstream.config import (
     Mixture,
     PocketWorld,
     PublicFolder,
-    Tokenizer,
     TokenizerFile,
-    TrainedTokenizer,
     check_caption,
     check_held_apart,
     check_picture,
     check_pool,
-    num_ids,
 )
 from midstream.core.identity import SECTIONS, file_sha256, holds_data
 from midstream.core.storage import read_json
 from midstream.core.tokens import num_shown
-from midstream.cost.known import prepared_index
+from midstream.cost.known import ids_of, prepared_index
 from midstream.order.mixture import needs_of, passes_needed
 from midstream.study.label import label
 from midstream.study.results import SourceResult
@@ -204,7 +201,7 @@ def _prepared(stage: PrepareSource) -> Iterator[Problem]:
         what = f"{folder} is prepared as {index['kind']} and lies among the sources of {kind}"
         yield Problem(what, "move it to their folder")
     have, tokenizer = index["tokenizer"]["vocab_size"], stage.tokenizer.tokenizer
-    if (size := _num_ids(tokenizer)) is None:
+    if (size := ids_of(tokenizer)) is None:
         return
     told, differs = f"trained to {size:,} ids", have > size
     if isinstance(tokenizer, TokenizerFile):
@@ -214,15 +211,6 @@ def _prepared(stage: PrepareSource) -> Iterator[Problem]:
             f"{folder} is prepared with a tokenizer of {have:,} ids, the study's is {told}",
             f"prepare it with that one, or plan with the file {folder / 'tokenizer.json'}",
         )
-
-
-def _num_ids(tokenizer: Tokenizer) -> int | None:
-    """How many ids a tokenizer has, at the most where it is still to be trained; None of a file
-    that is not there."""
-    if isinstance(tokenizer, TrainedTokenizer):
-        return tokenizer.vocab_size
-    is_there = tokenizer.path.is_file() and not tokenizer.sha256.startswith(PLANNED)
-    return num_ids(tokenizer.path) if is_there else None
 
 
 def _tokenizer(stage: PrepareTokenizer) -> Iterator[Problem]:
@@ -303,7 +291,7 @@ def _training_data(stage: Trained, ledger: Ledger) -> Iterator[Problem]:
 def _vocabulary(stage: Pretrain | Continue) -> Iterator[Problem]:
     """Ids that a decoder which begins anew has no row for."""
     tokenizer, size = stage.data.tokenizer, stage.decoder.vocab_size
-    if (number := _num_ids(tokenizer)) is None or number <= size:
+    if (number := ids_of(tokenizer)) is None or number <= size:
         return
     told, remedy = "the tokenizer is trained to", ", or lower the tokenizer's"
     if isinstance(tokenizer, TokenizerFile):
