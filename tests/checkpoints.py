@@ -6,8 +6,10 @@ or zero, so that using the wrong one shows.
 """
 
 import json
-from functools import partial
+import shutil
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -97,6 +99,22 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_checkpoint(family: str, folder: Path, *, seed: int = 0, shard: bool = False) -> Path:
     """Write a checkpoint of a family with its tokenizer; `shard` cuts the weights into several."""
+    return copied(_saved(family, seed, shard), folder)
+
+
+# What was saved once, for copies of it.
+KEPT = TemporaryDirectory()
+
+
+def copied(saved: Path, folder: Path) -> Path:
+    """Lay a saved folder's files into another; returns that."""
+    shutil.copytree(saved, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _saved(family: str, seed: int, shard: bool) -> Path:
+    folder = Path(KEPT.name, f"{family}-{seed}-{shard}")
     largest = "40KB" if shard else "1GB"
     build_model(family, seed=seed).save_pretrained(folder, max_shard_size=largest)
     build_tokenizer().save_pretrained(folder)

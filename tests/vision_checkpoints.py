@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from checkpoints import randomise
+from checkpoints import KEPT, copied, randomise
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIGLIP = SIZES | {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
@@ -46,14 +47,21 @@ BUILD: dict[str, Callable[[], Any]] = {
 }
 
 
+@cache
 def build_tower(kind: str, seed: int = 0) -> Any:
-    """A model of one kind whose every tensor is random (norms and tokens too)."""
+    """A model of one kind whose every tensor is random (norms and tokens too); read it only."""
     with torch.random.fork_rng(devices=[]):
         return randomise(BUILD[kind](), seed=seed)
 
 
 def save_tower(kind: str, folder: Path, *, seed: int = 0, shard: bool = False) -> Path:
     """Save a tower with its preprocessor_config.json; returns the folder."""
+    return copied(_saved(kind, seed, shard), folder)
+
+
+@cache
+def _saved(kind: str, seed: int, shard: bool) -> Path:
+    folder = Path(KEPT.name, f"{kind}-{seed}-{shard}")
     build_tower(kind, seed).save_pretrained(folder, max_shard_size="20KB" if shard else "1GB")
     mean, std = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
     if kind.startswith("dino"):
