@@ -79,6 +79,7 @@ def run_ranks(
 
 def _rank(given: str, environment: dict[str, str], errors: str) -> None:
     os.environ.update(environment)
+    os.fsync = lambda descriptor: None
     os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     from midstream.study.store import Stopped
     from midstream.work.run_stage import StageRunner
