@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,10 +98,28 @@ def tiny_ledger(tmp_path_factory: pytest.TempPathFactory) -> "Ledger":
     A copy of one that the first worker to ask for it makes.
     """
     import tiny
+
+    with shared_store(tmp_path_factory, "tiny") as (made, own):
+        return tiny.begun(made, own)
+
+
+@pytest.fixture(scope="session")
+def tiny_line(tiny_ledger: "Ledger", tmp_path_factory: pytest.TempPathFactory) -> "Ledger":
+    """The same with the image run, its fine-tuning and the evaluation of that."""
+    import tiny
+
+    with shared_store(tmp_path_factory, "line") as (made, own):
+        if not made.is_done(tiny.RESULT):
+            tiny.run_missing(tiny.begun(tiny_ledger, made.store), tiny.RESULT)
+        return tiny.begun(made, own, tiny.SEEN, tiny.CHAT, tiny.RESULT)
+
+
+@contextmanager
+def shared_store(factory: pytest.TempPathFactory, name: str) -> "Iterator[tuple[Ledger, Path]]":
+    """A store of all workers, held meanwhile, and the place of one's own copy of it."""
     from midstream.study.store import Ledger
 
-    own = tmp_path_factory.getbasetemp()
+    own = factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    with FileLock(shared / "tiny.lock"):
-        made = Ledger(shared / "tiny")
-        return tiny.store_with(made, own / "tiny-store", tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
+    with FileLock(shared / f"{name}.lock"):
+        yield Ledger(shared / name), own / f"{name}-store"

@@ -90,16 +90,14 @@ def test_a_store_that_has_lost_its_tokenizer_exports_nothing(
 
 @pytest.mark.slow
 def test_scores_of_this_very_model_stand_in_the_card_with_chance_and_limit(
-    tiny_ledger: Ledger, tmp_path: Path
+    tiny_line: Ledger, tmp_path: Path
 ) -> None:
-    ledger = tiny.store_with(
-        tiny_ledger, tmp_path / "store", tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT
-    )
+    ledger = tiny.begun(tiny_line, tmp_path / "store", tiny.SEEN, tiny.CHAT, tiny.RESULT)
     text_only = tiny.EVALUATION.model_copy(
         update={"visual_tasks": (), "text_tasks": ("pocket_facts",)}
     )
     other = Evaluate(of=tiny.TEXT, completion=0.4, evaluation=text_only)
-    tiny.run_missing(ledger, tiny.RESULT, other)
+    tiny.run_missing(ledger, other)
     out = tmp_path / "out"
     report = export(open_model(ledger.folder(tiny.CHAT), CPU), out, text_only=False)
     assert report.kind == "own"

@@ -40,33 +40,32 @@ def processes() -> ForkServerContext:
 
 @pytest.fixture(scope="module")
 def ledger(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
-    """Both stages, run without an interruption."""
+    """The image run without an interruption."""
     folder = tmp_path_factory.mktemp("whole")
     mine = tiny.begun(tiny_ledger, folder)
-    tiny.run_missing(mine, LONG_TEXT, LONG_SEEN)
+    tiny.run_missing(mine, LONG_SEEN)
     return mine
 
 
-@pytest.mark.parametrize("stage", [tiny.TEXT, tiny.SEEN], ids=lambda stage: stage.kind)
-def test_a_stage_run_in_two_stores_gives_equal_bits(
-    tiny_ledger: Ledger, tmp_path: Path, stage: Trained
+def test_stages_run_in_two_stores_give_equal_bits(
+    tiny_ledger: Ledger, tiny_line: Ledger, tmp_path: Path
 ) -> None:
-    found = []
-    for name in ("one", "two"):
-        mine = tiny.store_with(tiny_ledger, tmp_path / name, tiny.DATA, tiny.ENCODER_STAGE)
-        tiny.run_missing(mine, stage)
-        found.append(tiny.bits(mine, stage))
-    assert found[0] == found[1]
-    assert len(found[0]["metrics"]) > 5
-    other = stage.model_copy(update={"training": stage.training.model_copy(update={"seed": 1})})
-    mine = Ledger(tmp_path / "one")
+    mine = tiny.store_with(tiny_ledger, tmp_path, tiny.DATA, tiny.ENCODER_STAGE)
+    tiny.run_missing(mine, tiny.SEEN)
+    assert tiny.bits(mine, tiny.TEXT) == tiny.bits(tiny_ledger, tiny.TEXT)
+    assert tiny.bits(mine, tiny.SEEN) == tiny.bits(tiny_line, tiny.SEEN)
+    assert len(mine.metrics(tiny.SEEN)) > 5
+    other = tiny.image_run(seed=1)
     tiny.run_missing(mine, other)
-    digests = [mine.results(one)["weights_digest"] for one in (stage, other)]
-    assert digests[0] != digests[1]
+    assert mine.results(tiny.SEEN)["weights_digest"] != mine.results(other)["weights_digest"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [LONG_TEXT, LONG_SEEN], ids=lambda stage: stage.kind)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(LONG_TEXT, marks=pytest.mark.faults), LONG_SEEN],
+    ids=lambda stage: stage.kind,
+)
 def test_a_stage_killed_at_random_moments_gives_the_uninterrupted_bits(
     ledger: Ledger,
     tiny_ledger: Ledger,
@@ -74,11 +73,12 @@ def test_a_stage_killed_at_random_moments_gives_the_uninterrupted_bits(
     tmp_path: Path,
     stage: Trained,
 ) -> None:
+    tiny.run_missing(ledger, stage)
     mine, chance = tiny.begun(tiny_ledger, tmp_path), random.Random(7)
     num_steps = ledger.results(stage)["steps"]
     assert num_steps > 40
     # Before the first checkpoint, and at two random moments of the rest.
-    parts = ((0.3, 0.4), (0.7, 0.8))
+    parts = ((0.25, 0.35), (0.5, 0.6))
     moments = [1, *(round(num_steps * chance.uniform(*part)) for part in parts)]
     path = mine.folder(stage) / "metrics.jsonl"
     for moment in moments:

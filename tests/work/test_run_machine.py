@@ -152,12 +152,11 @@ def scalars(ledger: Ledger, stage: Stage) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_a_tracked_stage_gives_the_bits_of_one_that_is_not_tracked(
-    tiny_ledger: Ledger, tmp_path: Path
+    tiny_line: Ledger, tiny_ledger: Ledger, tmp_path: Path
 ) -> None:
-    plain, tracked = (tiny.begun(tiny_ledger, tmp_path / name) for name in ("plain", "tracked"))
-    tiny.runner(plain).run(tiny.SEEN)
+    tracked = tiny.begun(tiny_ledger, tmp_path)
     tiny.runner(tracked, machine=TRACKED).run(tiny.SEEN)
-    assert tiny.bits(tracked, tiny.SEEN) == tiny.bits(plain, tiny.SEEN)
+    assert tiny.bits(tracked, tiny.SEEN) == tiny.bits(tiny_line, tiny.SEEN)
     found, lines = scalars(tracked, tiny.SEEN), tracked.metrics(tiny.SEEN)
     assert {tag.removeprefix("train/") for tag in found} == lines[0].keys() - {"step"}
     for key in ("loss", "rate", "tokens_seen"):
@@ -165,7 +164,7 @@ def test_a_tracked_stage_gives_the_bits_of_one_that_is_not_tracked(
             (line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines
         ]
     there = {path.name for path in tracked.folder(tiny.SEEN).iterdir()}
-    assert there - {path.name for path in plain.folder(tiny.SEEN).iterdir()} == {
+    assert there - {path.name for path in tiny_line.folder(tiny.SEEN).iterdir()} == {
         "tensorboard",
         "tracking.json",
     }
@@ -185,18 +184,17 @@ def test_a_stage_that_was_stopped_goes_on_in_the_same_series(
 
 
 def test_a_tracker_that_fails_is_in_the_results_and_changes_nothing_else(
-    tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_line: Ledger, tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: TensorBoard, rows: Any) -> None:
         raise OSError("the network is gone")
 
-    plain, tracked = (tiny.begun(tiny_ledger, tmp_path / name) for name in ("plain", "tracked"))
-    tiny.runner(plain).run(tiny.SEEN)
+    tracked = tiny.begun(tiny_ledger, tmp_path)
     monkeypatch.setattr(TensorBoard, "send", broken)
     tiny.runner(tracked, machine=TRACKED).run(tiny.SEEN)
     found = tiny.bits(tracked, tiny.SEEN)
     trouble = found["results"].pop("tracking")
-    assert found == tiny.bits(plain, tiny.SEEN)
+    assert found == tiny.bits(tiny_line, tiny.SEEN)
     assert trouble["tensorboard"]["first"] == "OSError: the network is gone"
     assert trouble["tensorboard"]["failures"] >= 1
 
@@ -218,7 +216,7 @@ def test_an_encoders_training_and_an_evaluation_are_tracked_too(
 
 
 def test_a_stage_keeps_its_progress_while_it_runs_and_takes_it_away_when_it_is_done(
-    tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_line: Ledger, tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "NOTE_SECONDS", 0.0)
     mine = tiny.begun(tiny_ledger, tmp_path)
@@ -231,10 +229,7 @@ def test_a_stage_keeps_its_progress_while_it_runs_and_takes_it_away_when_it_is_d
     assert 0 < kept["done"] < 1
     tiny.runner(mine).run(tiny.SEEN)
     assert not (folder / "progress.json").exists()
-    plain = tiny.begun(tiny_ledger, tmp_path / "plain")
-    monkeypatch.undo()
-    tiny.runner(plain).run(tiny.SEEN)
-    assert tiny.bits(mine, tiny.SEEN) == tiny.bits(plain, tiny.SEEN)
+    assert tiny.bits(mine, tiny.SEEN) == tiny.bits(tiny_line, tiny.SEEN)
 
 
 @pytest.mark.parametrize(("ranks", "asked", "told"), [(1, None, 2), (2, 4, 1), (4, 4, None)])
