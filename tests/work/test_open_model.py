@@ -89,13 +89,11 @@ def codec(*words: str) -> TextCodec:
     return TextCodec(found)
 
 
-@pytest.mark.parametrize("begin", ["a", "<|endoftext|>", "", None])
 @pytest.mark.parametrize("rule", ["a", None])
-def test_what_begins_a_text_is_no_other_tokenizer(
-    tmp_path: Path, begin: str | None, rule: str | None
-) -> None:
+def test_what_begins_a_text_is_no_other_tokenizer(tmp_path: Path, rule: str | None) -> None:
     codec().beginning_with(rule).tokenizer.save(str(tmp_path / "tokenizer.json"))
-    check_vocabulary(codec().beginning_with(begin), DECODER, tmp_path)
+    for begin in ("a", "<|endoftext|>", "", None):
+        check_vocabulary(codec().beginning_with(begin), DECODER, tmp_path)
 
 
 def test_other_tokens_and_too_many_of_them_are_refused(tmp_path: Path) -> None:

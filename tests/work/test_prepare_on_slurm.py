@@ -116,7 +116,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def source(slurm: Any, tmp_path: Path) -> Iterator[Source]:
-    made = Source(tmp_path, slurm, 3_000)
+    made = Source(tmp_path, slurm, 100)
     yield made
     slurm.ask("scancel", "--user", str(os.geteuid()))
     made.until(lambda: not slurm.ask("squeue", "--noheader", "--format=%j").strip())

@@ -4,18 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import tiny
 from faults.launched import recipe
 from in_process import stay_here
-from midstream.cli.app import app
+from inputs import midstream
 from midstream.study.store import Ledger
 
 
 def profiled(ledger: Ledger, out: Path, steps: int) -> Result:
-    command = ["profile", recipe(out.parent), "--store", str(ledger.store), "--device", "cpu"]
-    return CliRunner().invoke(app, [*command, "--out", str(out), "--steps", str(steps)])
+    command = ("profile", recipe(out.parent), "--store", ledger.store, "--device", "cpu")
+    return midstream(*command, "--out", out, "--steps", steps)
 
 
 @pytest.mark.slow
@@ -45,12 +45,9 @@ def test_a_stage_that_is_too_short_or_lacks_its_data_is_refused(
     tiny_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stay_here(monkeypatch)
+    short = "3004 are wanted, 4 of them to warm up and for the trace; give --steps "
     for ledger, steps, said in (
-        (
-            tiny_ledger,
-            3000,
-            "3004 are wanted, 4 of them to warm up and for the trace; give --steps ",
-        ),
+        (tiny_ledger, 3000, short),
         (Ledger(tmp_path / "empty"), 3, "not done"),
     ):
         ended = profiled(ledger, tmp_path / "out", steps)

@@ -136,7 +136,7 @@ def test_nothing_is_submitted_while_another_process_prepares(
     assert table.submitted == []
 
 
-@pytest.mark.parametrize(("max_jobs", "tasks"), [(1, 0), (3, 2), (500, NUM_FILES)])
+@pytest.mark.parametrize(("max_jobs", "tasks"), [(1, 0), (3, 2)])
 def test_no_more_jobs_than_max_jobs_are_in_the_queue(
     table: Table, plan: SourcePlan, max_jobs: int, tasks: int
 ) -> None:

@@ -4,12 +4,11 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
 import tiny
+from inputs import png
 from midstream.config import (
     Amount,
     Amounts,
@@ -30,13 +29,6 @@ from midstream.work.show_data import open_stage, print_row
 PAGES = 60
 
 
-def png(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 255, (9, 9, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Continue:
     """Documents of one to four pictures, every eighth longer than a row, and lines of text."""
@@ -48,7 +40,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Continue:
     for number in range(PAGES):
         texts, images = list[str | None](), list[str | None]()
         for part in range(1 + number % 4):
-            (pages / f"{shown}.png").write_bytes(png(shown))
+            (pages / f"{shown}.png").write_bytes(png(shown, (9, 9)))
             texts += [None, f"Picture {part} of page {number} " + "is long. " * (number % 8)]
             images += [f"{shown}.png", None]
             shown += 1
