@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+import own_world
 import tiny
 from inputs import midstream
 from midstream.cli.catalogue import find_study
@@ -19,71 +19,38 @@ from midstream.cost.graph import order, order_of
 from midstream.study.stages import Continue, PrepareSource, Stage
 from midstream.study.store import Ledger, launch_lock
 from midstream.study.studies import Study
+from own_studies import ROWS
 
 STUDY_FILE = """
 from pathlib import Path
 
-from tiny import DECODER, ROWS, VOCAB_SIZE, Training, encoder_of, mixture, warm
+from own_studies import *
+from own_world import VOCAB_SIZE, data_of
 
-from midstream.config import Evaluation, PublicFolder, TrainedTokenizer
-from midstream.core.identity import SourceFingerprint, WorldFingerprint, world_fingerprint
-from midstream.study.stages import *
-from midstream.study.studies import *
-
-ASKED = Evaluation(text_tasks=("pocket_facts",), limit=4)
+from midstream.config import PublicFolder, TrainedTokenizer
+from midstream.core.identity import SourceFingerprint, WorldFingerprint
 
 
-def prepare(root: Path) -> Prepare:
-    world = PublicFolder(root=root, fingerprint=world_fingerprint(root))
-    return Prepare(world=world, tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE))
-
-
-def text(root: Path) -> Evaluate:
-    budget = mixture(2_000, web=1.0)
-    training = Training(budget=budget, rows=ROWS, schedule=warm())
-    return Evaluate(
-        of=Pretrain(data=prepare(root), decoder=DECODER, training=training), evaluation=ASKED
-    )
-
-
-def seen(data: Prepare) -> Evaluate:
-    budget = mixture(2_000, pictures=0.4, web=0.4, talks=0.2)
-    model = Continue(
-        data=data,
-        encoder=encoder_of(data, max_text_tokens=600, num_steps=1),
-        decoder=DECODER,
-        start=FromScratch(),
-        training=Training(budget=budget, rows=ROWS, schedule=warm()),
-    )
-    return Evaluate(of=model, evaluation=ASKED)
-
-
-def made(**results: Evaluate) -> Study:
-    lines = tuple(
-        Line(name=name, axes={"number": number}, result=result)
-        for number, (name, result) in enumerate(results.items())
-    )
-    return Study(
-        name="mine", question="Why?", lines=lines, figure=Figure(x="number", x_label="number")
-    )
+def sees(data: Prepare) -> Continue:
+    return seen(data, mixed(200, pictures=0.4, web=0.4, talks=0.2))
 
 
 def good(root: Path) -> Study:
-    return made(good=text(root))
+    return study_of(text_run(data_of(root)))
 
 
 def worlds(root: Path) -> Study:
     kinds = {"web": "text", "pictures": "caption", "talks": "instruct"}
     digests = {name: SourceFingerprint(kind=kind, digest="0") for name, kind in kinds.items()}
     gone = PublicFolder(root=root / "gone", fingerprint=WorldFingerprint(sources=digests))
-    return made(
-        good=text(root / "good"),
-        torn=seen(prepare(root / "torn")),
-        long=seen(prepare(root / "long")),
-        missing=seen(prepare(root / "missing")),
-        gone=seen(Prepare(world=gone, tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE))),
+    return study_of(
+        text_run(data_of(root / "good")),
+        *(sees(data_of(root / name)) for name in ("torn", "long", "missing")),
+        sees(Prepare(world=gone, tokenizer=TrainedTokenizer(vocab_size=VOCAB_SIZE))),
     )
 """
+# The worlds of its lines.
+WORLDS = ("good", "torn", "long", "missing", "gone")
 LONG_CAPTION = "a red circle and a blue star " * 30
 
 
@@ -109,13 +76,6 @@ def change_shard(path: Path, change: Callable[[str, bytes], bytes]) -> None:
             shard.addfile(entry, io.BytesIO(data))
 
 
-def copied_world(ledger: Ledger, folder: Path) -> Path:
-    """The tiny world as a user's own folder, without the pictures of its benchmarks."""
-    world = ledger.folder(tiny.WORLD) / "world"
-    shutil.copytree(world, folder, ignore=shutil.ignore_patterns("bench", "manifest.json"))
-    return folder
-
-
 def shard_of(world: Path) -> tuple[Path, str]:
     """The first caption shard of a world and the key of its fourth sample."""
     path = sorted((world / "captions" / "pictures").glob("*.tar"))[0]
@@ -137,7 +97,7 @@ class Ran:
 
     def failed(self, line: str) -> Stage:
         """The first stage of a line that is not done, parents first."""
-        result = next(item for item in self.study.lines if item.name == line).result
+        result = self.study.lines[WORLDS.index(line)].result
         return next(stage for stage in order_of(result) if not self.ledger.is_done(stage))
 
     def message(self, stage: Stage) -> str:
@@ -155,17 +115,17 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(tiny_ledger: Ledger, file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def ran(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """One run with a worker process; the good world's line was done before."""
     folder = tmp_path_factory.mktemp("worlds")
-    for name in ("good", "torn", "long", "missing"):
-        copied_world(tiny_ledger, folder / name)
+    for name in WORLDS[:-1]:
+        own_world.write_world(folder / name)
     shard, key = shard_of(folder / "torn")
     change_shard(shard, lambda name, data: data[:99] if name == f"{key}.jpg" else data)
     shard, key = shard_of(folder / "long")
     change_shard(shard, lambda n, data: LONG_CAPTION.encode() if n == f"{key}.txt" else data)
     talks = folder / "missing" / "instruct" / "talks"
-    record = json.loads((talks / "llava.json").read_text())[2]
+    record = json.loads((talks / "talks.json").read_text())[2]
     (talks / record["image"]).unlink()
     ledger = Ledger(folder / "store")
     settings = [f"root={folder}"]
@@ -182,16 +142,16 @@ def ran(tiny_ledger: Ledger, file: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize(
     ("line", "kind", "told"),
     [
-        ("torn", PrepareSource, ["1 of 320 records", "{shard}: picture cannot be decoded"]),
+        ("torn", PrepareSource, ["1 of 20 records", "{shard}: picture cannot be decoded"]),
         (
             "long",
             Continue,
-            ["{shard}", f"do not fit into a row of {tiny.ROWS.row_length}", "raise row_length"],
+            ["{shard}", f"do not fit into a row of {ROWS.row_length}", "raise row_length"],
         ),
         (
             "missing",
             PrepareSource,
-            ["llava.json, record 2 ({id!r})", "missing picture ({picture})"],
+            ["talks.json, record 2 ({id!r})", "missing picture ({picture})"],
         ),
         ("gone", PrepareSource, ["{world} does not exist"]),
     ],
@@ -206,7 +166,7 @@ def test_a_record_that_fails_a_stage_is_named_with_its_place_and_the_remedy(
         shard, key = shard_of(world)
         words |= {"shard": f"{shard.relative_to(world)}, sample {key}"}
     elif line == "missing":
-        record = json.loads((world / "instruct/talks/llava.json").read_text())[2]
+        record = json.loads((world / "instruct/talks/talks.json").read_text())[2]
         words |= {"id": record["id"], "picture": world / "instruct/talks" / record["image"]}
     for part in told:
         assert part.format(**words) in message
@@ -257,11 +217,11 @@ def test_the_log_that_a_message_points_to_holds_the_traceback(ran: Ran) -> None:
     assert "Traceback" in log.read_text()
 
 
-@pytest.fixture
-def finished(tiny_ledger: Ledger, file: Path, tmp_path: Path) -> tuple[Ledger, Path]:
+@pytest.fixture(scope="module")
+def finished(file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ledger, Path]:
     """A store in which the preparation of a user's folder is done, and the folder."""
-    world = copied_world(tiny_ledger, tmp_path / "world")
-    ledger = Ledger(tmp_path / "store")
+    folder = tmp_path_factory.mktemp("finished")
+    world, ledger = own_world.write_world(folder / "world"), Ledger(folder / "store")
     study = find_study(f"{file}:good", [f"root={world}"])
     tiny.run_missing(ledger, *study.lines[0].result.of.parents)
     return ledger, world
@@ -332,11 +292,11 @@ def test_a_folder_without_files_is_refused(
 
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_all_that_is_wrong_stands_in_one_list_and_nothing_is_started(
-    tiny_ledger: Ledger, file: Path, tmp_path: Path, command: str
+    file: Path, tmp_path: Path, command: str
 ) -> None:
-    for name in ("good", "torn", "long", "missing"):
-        copied_world(tiny_ledger, tmp_path / name)
-    tasks = tmp_path / "good" / "text_tasks" / "pocket_facts.jsonl"
+    for name in WORLDS[:-1]:
+        own_world.write_world(tmp_path / name)
+    tasks = tmp_path / "good" / "text_tasks" / "quiz.jsonl"
     tasks.write_text(tasks.read_text() + "{\n")
     store = tmp_path / "store"
     asked = ("--set", f"root={tmp_path}", "--store", store)
@@ -347,7 +307,7 @@ def test_all_that_is_wrong_stands_in_one_list_and_nothing_is_started(
     told = [line for line in lines if line.startswith("  - ")]
     assert len(told) == 2
     assert f"{tmp_path / 'gone'} does not exist; give the folder" in told[0]
-    assert "pocket_facts.jsonl line 9 is not JSON" in told[1]
+    assert "quiz.jsonl line 15 is not JSON" in told[1]
     if command == "run":
         assert "nothing was started; put right what is listed, or add --skip-checks" in lines[0]
         assert not list(store.glob("*/stage.json"))

@@ -109,7 +109,8 @@ def test_a_plan_ends_with_2_where_the_study_is_wrong_and_with_0_where_a_machine_
     assert lacking.exit_code == 0, lacking.output
     told = json.loads(lacking.stdout)["problems"]
     assert {problem["level"] for problem in told} == {"lacking"}
-    assert "planned without the data of" in told[0]["what"]
+    assert "was planned without the data of" in told[0]["what"]
+    assert "(--set)" in told[0]["remedy"]
 
 
 @pytest.mark.parametrize("command", ["plan", "status"])

@@ -89,34 +89,16 @@ def test_without_a_word_nothing_of_slurm_is_asked() -> None:
 STUDY_FILE = """
 from pathlib import Path
 
-import own_world
-import tiny
+from own_studies import *
+from own_world import data_of
 
-from midstream.config import DecoderConfig, Evaluation, PatchProjection, Rows, Training
-from midstream.study.stages import Continue, ContinueFrom, Evaluate, Pretrain
-from midstream.study.studies import Figure, Line, Study
-
-DECODER = DecoderConfig(hidden_size=16, num_layers=1, num_heads=2, vocab_size=320)
-ROWS = Rows(row_length=64, batch_rows=2)
-
-
-def training(tokens: int, **shares: float) -> Training:
-    return Training(budget=tiny.mixture(tokens, **shares), rows=ROWS, schedule=tiny.warm())
+from midstream.study.stages import ContinueFrom
 
 
 def study(root: Path, tokens: int = 200) -> Study:
-    data = own_world.data_of(root)
-    text = Pretrain(data=data, decoder=DECODER, training=training(200, web=1.0))
-    seen = Continue(
-        data=data,
-        encoder=PatchProjection(image_size=24, patch_size=12, hidden_size=16),
-        decoder=DECODER,
-        start=ContinueFrom(stage=text),
-        training=training(tokens, pictures=1.0),
-    )
-    result = Evaluate(of=seen, evaluation=Evaluation(text_tasks=("quiz",), limit=2))
-    line = Line(name="mine", axes={"x": 1}, result=result)
-    return Study(name="mine", question="?", lines=(line,), figure=Figure(x="x", x_label="x"))
+    text = text_run(data_of(root), mixed(200, web=1.0))
+    model = seen(text.data, mixed(tokens, pictures=1.0))
+    return study_of(model.model_copy(update={"start": ContinueFrom(stage=text)}))
 """
 
 
