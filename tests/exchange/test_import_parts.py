@@ -1,6 +1,7 @@
 """Whole vision-language models taken apart: exports come back bit for bit, others as they are."""
 
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from test_export_vlm import OWN, PATCHES, STOCK, changed, written
 
 import peer_checkpoints
 import tiny
-from checkpoints import build_tokenizer
+from checkpoints import build_tokenizer, edit
 from midstream.config import DecoderConfig, EncoderConfig, FusedEncoder, VLMConfig
-from midstream.core.storage import read_json, write_json
+from midstream.core.storage import write_json
 from midstream.exchange.export import prompt_logits, write_folder
 from midstream.exchange.import_model import import_model
 from midstream.exchange.import_source import ImportRequest, summary
@@ -60,7 +61,8 @@ def opened_whole(record: ImportRecord, folder: Path) -> tuple[VLM, VisionEncoder
     return vlm, encoder
 
 
-@pytest.mark.parametrize("name", [*STOCK, *OWN])
+# What these two hold, others of their kind hold beside more.
+@pytest.mark.parametrize("name", sorted({*STOCK, *OWN} - {"siglip", "the decoder is OpenLM's"}))
 @torch.no_grad()
 def test_what_is_exported_computes_the_same_and_comes_back(name: str, tmp_path: Path) -> None:
     # Stock classes do not round features, and neither does the model that comes back from them.
@@ -160,6 +162,19 @@ def save_llava(folder: Path, *, half: bool = False, kind: str = "Llava", **chang
     return model
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    save_llava(folder)
+    return folder
+
+
+@pytest.fixture
+def llava(saved: Path, tmp_path: Path) -> Path:
+    """A LLaVA's folder, to be changed."""
+    return Path(shutil.copytree(saved, tmp_path / "source"))
+
+
 @torch.no_grad()
 def test_parts_of_a_llava_are_those_of_transformers(tmp_path: Path) -> None:
     model = save_llava(tmp_path / "source")
@@ -198,24 +213,22 @@ def test_names_of_older_llavas_wrapped_and_in_half_precision_are_read(tmp_path: 
     assert all(torch.equal(found[name], value.float()) for name, value in expected.items())
 
 
-def test_a_llava_says_what_is_amiss_in_one_line(tmp_path: Path) -> None:
-    save_llava(tmp_path / "source")
+def test_a_llava_says_what_is_amiss_in_one_line(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"import --part model or --part decoder or --part encoder$"
     ):
-        bring(tmp_path / "source", tmp_path / "out")
+        bring(llava, tmp_path / "out")
     with pytest.raises(ValueError, match=r"or --part encoder, it has no 'projector'$"):
-        bring(tmp_path / "source", tmp_path / "out", part="projector")
-    held = load_file(tmp_path / "source" / "model.safetensors")
+        bring(llava, tmp_path / "out", part="projector")
+    held = load_file(llava / "model.safetensors")
     name = next(name for name in held if name.endswith("vision_tower.pre_layrnorm.weight"))
     held.pop(name)
-    save_file(held, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    save_file(held, llava / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing .*pre_layrnorm.weight; mismatched nothing"):
-        bring(tmp_path / "source", tmp_path / "out", part="encoder")
-    settings = read_json(tmp_path / "source" / "config.json")
-    write_json(tmp_path / "source" / "config.json", settings | {"vision_feature_layer": [-2, -5]})
+        bring(llava, tmp_path / "out", part="encoder")
+    edit(llava / "config.json", vision_feature_layer=[-2, -5])
     with pytest.raises(ValueError, match=r"features of the layers \[-2, -5\]"):
-        bring(tmp_path / "source", tmp_path / "out", part="encoder")
+        bring(llava, tmp_path / "out", part="encoder")
     assert not (tmp_path / "out").exists()
 
 
@@ -225,7 +238,7 @@ def test_a_positive_feature_layer_is_counted_from_behind(tmp_path: Path) -> None
     assert record.config.feature_layer == -1  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("layer", [-1, -3, 2])
+@pytest.mark.parametrize("layer", [-1, 2])
 @torch.no_grad()
 def test_parts_of_a_llava_next_are_those_of_transformers(layer: int, tmp_path: Path) -> None:
     model = save_llava(tmp_path / "source", kind="LlavaNext", vision_feature_layer=layer)
@@ -245,24 +258,32 @@ def test_parts_of_a_llava_next_are_those_of_transformers(layer: int, tmp_path: P
     torch.testing.assert_close(found[..., :301], model(input_ids=ids).logits, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["Llava", "LlavaNext"])
-@pytest.mark.parametrize("strategy", ["default", "full"])
-@pytest.mark.parametrize(("tower", "told"), [("CLIP", "class token"), ("Siglip", "first patch")])
+@pytest.mark.parametrize(
+    ("kind", "tower", "strategy", "told"),
+    [
+        *(("Llava", "CLIP", "default", None), ("Llava", "CLIP", "full", "class token")),
+        *(("Llava", "Siglip", "default", "first patch"), ("Llava", "Siglip", "full", None)),
+        ("LlavaNext", "CLIP", "full", "class token"),
+    ],
+)
 def test_features_that_a_projector_saw_otherwise_are_told(
-    kind: str, strategy: str, tower: str, told: str, tmp_path: Path
+    kind: str, tower: str, strategy: str, told: str | None, tmp_path: Path
 ) -> None:
     vision = getattr(transformers, f"{tower}VisionConfig")(**TOWER)
     changes = {"vision_config": vision, "vision_feature_select_strategy": strategy}
     save_llava(tmp_path / "source", kind=kind, **changes)
     _, notes = bring(tmp_path / "source", tmp_path / "tower", part="encoder")
-    expected = (tower, strategy) in (("CLIP", "full"), ("Siglip", "default"))
-    assert any(told in note for note in notes) == expected
+    found = {text for text in ("class token", "first patch") if text in " ".join(notes)}
+    assert found == ({told} if told else set())
 
 
 @pytest.mark.parametrize(
-    "kind", ["idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "gemma3", "paligemma", "mllama"]
+    ("kind", "part"),
+    [
+        *((kind, None) for kind in ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "gemma3")),
+        *(("paligemma", "decoder"), ("mllama", "encoder")),
+    ],
 )
-@pytest.mark.parametrize("part", [None, "decoder", "encoder"])
 def test_whole_models_of_other_kinds_are_refused_by_name(
     kind: str, part: str | None, tmp_path: Path
 ) -> None:
@@ -314,29 +335,28 @@ def test_a_llava_computes_what_transformers_does(tmp_path: Path) -> None:
     ],
 )
 def test_pictures_are_fitted_as_the_models_processor_fits_them_or_the_user_is_told(
-    written: dict[str, Any] | None, resize: str, told: str | None, tmp_path: Path
+    written: dict[str, Any] | None, resize: str, told: str | None, llava: Path, tmp_path: Path
 ) -> None:
-    save_llava(tmp_path / "source")
-    (tmp_path / "source" / "processor_config.json").unlink()
+    (llava / "processor_config.json").unlink()
     if written is not None:
-        write_json(tmp_path / "source" / "preprocessor_config.json", written)
-    record, notes = bring(tmp_path / "source", tmp_path / "whole", part="model")
+        write_json(llava / "preprocessor_config.json", written)
+    record, notes = bring(llava, tmp_path / "whole", part="model")
     assert record.model is not None
     assert record.model.encoder.transform.resize == resize  # type: ignore[union-attr]
     found = [note for note in notes if re.search(told or "processor|its tower", note)]
     assert len(found) == (told is not None), notes
 
 
-def test_a_llava_that_does_not_say_it_is_tied_is_told_the_setting(tmp_path: Path) -> None:
-    save_llava(tmp_path / "source")
-    weights = load_file(tmp_path / "source" / "model.safetensors")
+def test_a_llava_that_does_not_say_it_is_tied_is_told_the_setting(
+    llava: Path, tmp_path: Path
+) -> None:
+    weights = load_file(llava / "model.safetensors")
     weights = {name: one for name, one in weights.items() if "lm_head" not in name}
-    save_file(weights, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, llava / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing lm_head\.weight;.*set tie_word_embeddings to"):
-        bring(tmp_path / "source", tmp_path / "out", part="decoder")
-    config = read_json(tmp_path / "source" / "config.json") | {"tie_word_embeddings": True}
-    write_json(tmp_path / "source" / "config.json", config)
-    record, _ = bring(tmp_path / "source", tmp_path / "out", part="decoder")
+        bring(llava, tmp_path / "out", part="decoder")
+    edit(llava / "config.json", tie_word_embeddings=True)
+    record, _ = bring(llava, tmp_path / "out", part="decoder")
     assert record.config.tied_embeddings  # type: ignore[union-attr]
 
 
@@ -371,25 +391,21 @@ def test_what_ours_would_compute_otherwise_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_projector_of_other_widths_or_with_norms_is_refused(tmp_path: Path) -> None:
+def test_a_projector_of_other_widths_or_with_norms_is_refused(llava: Path, tmp_path: Path) -> None:
     written(tmp_path / "export", OWN["the decoder is OpenLM's"], codec())
-    settings = read_json(tmp_path / "export" / "config.json")
-    wide = {"projector_widths": [16, 40, 32]}
-    write_json(tmp_path / "export" / "config.json", settings | wide)
+    edit(tmp_path / "export" / "config.json", projector_widths=[16, 40, 32])
     with pytest.raises(ValueError, match="its projector has the widths 16, 40, 32; import parts"):
         bring(tmp_path / "export", tmp_path / "out", part="model")
-    save_llava(tmp_path / "llava")
-    weights = load_file(tmp_path / "llava" / "model.safetensors")
+    weights = load_file(llava / "model.safetensors")
     weights["model.multi_modal_projector.norm.weight"] = torch.ones(32)
-    save_file(weights, tmp_path / "llava" / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, llava / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"its projector has or lacks norm\.weight; import parts"):
-        bring(tmp_path / "llava", tmp_path / "out", part="model")
+        bring(llava, tmp_path / "out", part="model")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_a_part_is_no_whole_model(tmp_path: Path) -> None:
-    save_llava(tmp_path / "source")
-    bring(tmp_path / "source", tmp_path / "tower", part="encoder")
+def test_a_folder_of_a_part_is_no_whole_model(llava: Path, tmp_path: Path) -> None:
+    bring(llava, tmp_path / "tower", part="encoder")
     with pytest.raises(ValueError, match=r"holds no whole vision-language model; .*--part model"):
         load_model(tmp_path / "tower", tiny.DATA)
 
@@ -406,7 +422,8 @@ def test_image_text_training_goes_on_from_an_imported_model(
     record, _ = bring(tmp_path / "export", tmp_path / "whole", part="model", rate=2e-3)
     loaded = load_model(tmp_path / "whole", tiny.DATA)
     parts = {"encoder": loaded.encoder, "projector": loaded.projector}
-    goes_on = tiny.SEEN.model_copy(update=parts | {"start": InitFrom(stage=loaded)})
+    seen = tiny.image_run(total_tokens=2_000)
+    goes_on = seen.model_copy(update=parts | {"start": InitFrom(stage=loaded)})
     tiny.run_missing(ledger, goes_on)
     results = ledger.results(goes_on)
     # At the rate that the import was told, from these weights, the map of patches with them.

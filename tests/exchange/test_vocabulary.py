@@ -74,11 +74,6 @@ def test_tokens_that_came_in_are_told_with_their_ids(
     assert again.size == found.codec.size
 
 
-def test_a_tokenizer_with_more_ids_than_rows_is_another_models() -> None:
-    with pytest.raises(ValueError, match=r"ids up to 299, the model's embedding 256 rows"):
-        plan_vocabulary(words(300), 256, add_tokens=[], multiple=64)
-
-
 def test_a_rule_that_begins_texts_with_no_token_is_refused() -> None:
     tokenizer = words(20, END)
     tokenizer.pre_tokenizer = WhitespaceSplit()
