@@ -139,7 +139,7 @@ def with_gradients(result: Tensor, parts: list[Tensor], upstream: Tensor) -> lis
 
 
 @every_kind
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_dense_attention_and_its_gradients_equal_a_plain_reference(
     kind: Attention, seed: int
 ) -> None:
@@ -214,7 +214,7 @@ def test_only_segments_are_cut_apart(kind: Attention) -> None:
 @every_kind
 @without_flex_warning
 # More positions than one block of FlexAttention, and heads narrower than its kernels take.
-@pytest.mark.parametrize(("length", "channels"), [(21, 6), (150, 24), (256, 16)])
+@pytest.mark.parametrize(("length", "channels"), [(21, 6), (150, 24)])
 def test_flex_attention_equals_the_dense_one(kind: Attention, length: int, channels: int) -> None:
     segment_ids, prefix = random_rows(3, length, length)
     query, key, value, _ = (part.float() for part in random_heads(3, length, channels, length))
@@ -249,7 +249,7 @@ def listed(count: Tensor, blocks: Tensor) -> Tensor:
 
 
 @every_kind
-@pytest.mark.parametrize("length", [21, 128, 700, 1030])
+@pytest.mark.parametrize("length", [21, 128, 700])
 def test_blocks_hold_all_that_is_seen_and_full_ones_are_seen_whole(
     kind: Attention, length: int
 ) -> None:
@@ -345,8 +345,10 @@ def no_kernels() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler of C++")
+# The rule of "latest" has that of segments in it.
 @pytest.mark.parametrize(
-    "kind", ["segments", pytest.param("prefix", marks=pytest.mark.faults), "latest"]
+    "kind",
+    [*(pytest.param(one, marks=pytest.mark.faults) for one in ("segments", "prefix")), "latest"],
 )
 @torch.no_grad()
 def test_compiled_attention_equals_the_dense_one_and_takes_new_masks_as_they_come(
@@ -415,15 +417,15 @@ PLAIN_ROWS = [
 
 
 @pytest.mark.parametrize(("segments", "prefix", "plain"), PLAIN_ROWS)
-@pytest.mark.parametrize("dense", [True, False])
 def test_no_mask_is_made_where_plain_causal_attention_is_the_same(
-    segments: list[int], prefix: list[int], plain: tuple[bool, ...], dense: bool
+    segments: list[int], prefix: list[int], plain: tuple[bool, ...]
 ) -> None:
     segment_ids = torch.tensor([[0] * 4, segments])
     prefixes = torch.tensor([[1, 0, 0, 0], prefix]).bool()
     kinds: tuple[Attention, ...] = ("causal", "segments", "prefix")
-    made = [mask_of(kind, segment_ids, prefixes, dense=dense) is None for kind in kinds]
-    assert made == list(plain)
+    for dense in (True, False):
+        made = [mask_of(kind, segment_ids, prefixes, dense=dense) is None for kind in kinds]
+        assert made == list(plain)
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,13 @@ def stepped(
     return before, optimizer, outside
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("projector", PROJECTORS)
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(
+    ("encoder", "projector", "stage"),
+    [
+        *((encoder, "two layers", stage) for encoder in ENCODERS for stage in STAGES),
+        *(("siglip", one, "trained") for one in PROJECTORS if one != "two layers"),
+    ],
+)
 def test_gradients_reach_what_is_trained_and_nothing_else(
     encoder: str, projector: str, stage: str
 ) -> None:
@@ -197,15 +201,13 @@ BESIDE = {
 
 @pytest.mark.parametrize("stage", BESIDE)
 @pytest.mark.parametrize("encoder", ["siglip", "fused", "patches"])
-@pytest.mark.parametrize("num_images", [2, 1])
-def test_a_frozen_decoder_stays_bit_equal_while_what_sees_learns(
-    encoder: str, stage: str, num_images: int
-) -> None:
+def test_a_frozen_decoder_stays_bit_equal_while_what_sees_learns(encoder: str, stage: str) -> None:
     config, (owned, factor) = ENCODERS[encoder], BESIDE[stage]
     patches = isinstance(config, PatchProjection)
     model = model_of(config, owns_encoder=owned)
     chosen = training(factor, freeze_decoder=True)
-    before, optimizer, _ = stepped(model, batch_of(config, num_images), chosen, steps=2)
+    # One row of the two has no picture.
+    before, optimizer, _ = stepped(model, batch_of(config, 1), chosen, steps=2)
     learns = {"projector"} | ({"encoder"} if factor is not None or patches else set())
     for name, parameter in model.named_parameters():
         if name.split(".")[0] in learns:

@@ -32,7 +32,6 @@ def distance(values: torch.Tensor, share: Callable[[torch.Tensor], torch.Tensor]
 @pytest.mark.parametrize(
     ("config", "ffn"),
     [
-        (CONFIG, 512),
         (DECODERS["11m"].model_copy(update={"vocab_size": 3000}), 256),
         (CONFIG.model_copy(update={"hidden_size": 256, "num_layers": 3, "qk_norm": False}), 768),
     ],

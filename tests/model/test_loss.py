@@ -23,9 +23,9 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tup
     return loss + z_loss * logits.logsumexp(dim=1).square().sum(), loss
 
 
-@pytest.mark.parametrize("num_targets", [1, 5, 24])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.3])
-@pytest.mark.parametrize("max_logits", [1, 40, 5 * 40, 24 * 40, 2**24])
+@pytest.mark.parametrize("num_targets", [1, 24])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("max_logits", [1, 5 * 40, 24 * 40])
 def test_values_and_gradients_are_those_of_all_logits_at_once(
     num_targets: int, z_loss: float, max_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

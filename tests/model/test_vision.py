@@ -58,8 +58,9 @@ def theirs(kind: str, pixels: torch.Tensor, layer: int, final_norm: bool) -> tor
     return norm(states[layer]) if final_norm else states[layer]
 
 
-@pytest.mark.parametrize(("layer", "final_norm"), [(-1, True), (-2, False), (-3, False)])
-@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize(
+    ("layer", "final_norm", "scale"), [(-1, True, 1.0), (-2, False, 1.5), (-3, False, 1.0)]
+)
 @pytest.mark.parametrize("kind", BUILD)
 @torch.no_grad()
 def test_features_are_the_hidden_states_that_transformers_records(
