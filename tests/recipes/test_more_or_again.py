@@ -16,8 +16,9 @@ from midstream.study.store import Ledger
 from midstream.work.open_model import open_sources
 
 
-@pytest.mark.parametrize("scale", ["11m", "1b", "pythia-410m"])
-@pytest.mark.parametrize("rows", ["filled", "paper"])
+@pytest.mark.parametrize(
+    ("scale", "rows"), [("11m", "paper"), ("1b", "filled"), ("pythia-410m", "paper")]
+)
 def test_pools_of_other_scales_are_seen_whole_before_they_come_again(
     scale: str, rows: Literal["filled", "paper"]
 ) -> None:

@@ -7,7 +7,6 @@ from midstream.recipes.noise import levels
 from midstream.recipes.onset import onset_by_share
 from midstream.recipes.paper import figure_4, table_4
 from midstream.recipes.published import table1
-from midstream.recipes.scales import find_scale
 from midstream.report.gather import repeated
 
 
@@ -48,8 +47,3 @@ def test_an_image_text_stage_that_is_fixed_is_drawn_anew_where_it_is_asked() -> 
 def test_levels_are_three_numbers_of_two_or_more() -> None:
     with pytest.raises(ValueError, match="three numbers of 2 or more"):
         levels(repeats=(2, 1, 2))
-
-
-def test_without_draws_no_identity_moves() -> None:
-    plain, asked = find_scale("pocket"), find_scale("pocket", draws=())
-    assert plain == asked

@@ -253,13 +253,6 @@ def test_a_stage_that_cannot_start_encodes_no_picture(
     assert ledger.results(loaded)["tokens_seen_before"] == 5_000
 
 
-def test_patches_that_fill_a_row_are_refused_before_anything_runs(
-    folders: dict[str, str], world: str
-) -> None:
-    with pytest.raises(ValueError, match="an image takes 400 positions, a row has 320"):
-        study(folders, world, image_size=160)
-
-
 def test_another_import_under_the_same_name_is_noticed(
     folders: dict[str, str], world: str, tmp_path: Path
 ) -> None:

@@ -32,22 +32,6 @@ def world(tiny_ledger: Ledger) -> Path:
     return tiny_ledger.folder(tiny.WORLD) / "world"
 
 
-def small_own_data(world: Path) -> Study:
-    return example(
-        "own_data",
-        data=world,
-        text_tokens=4_000,
-        image_text_tokens=3_000,
-        completions="[0.0, 0.8]",
-        shares="[0.5]",
-        seeds="[0]",
-        epochs=1,
-        encoder_steps=2,
-        vocab_size=400,
-        limit=3,
-    )
-
-
 def test_own_data_trains_one_text_run_and_one_encoder(world: Path, tmp_path: Path) -> None:
     study = example("own_data", data=world)
     stages = [row.stage for row in plan(study, Ledger(tmp_path)).rows]
@@ -58,7 +42,22 @@ def test_own_data_trains_one_text_run_and_one_encoder(world: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_own_data_runs_from_text_to_scores(world: Path, tmp_path: Path) -> None:
-    study, ledger = small_own_data(world), Ledger(tmp_path / "store")
+    study, ledger = (
+        example(
+            "own_data",
+            data=world,
+            text_tokens=4_000,
+            image_text_tokens=3_000,
+            completions="[0.8]",
+            shares="[0.5]",
+            seeds="[0]",
+            epochs=1,
+            encoder_steps=2,
+            vocab_size=400,
+            limit=3,
+        ),
+        Ledger(tmp_path / "store"),
+    )
     tiny.run_missing(ledger, *study.results)
     for line in study.lines:
         assert set(ledger.results(line.result)["stable"]) == set(StableScores.model_fields)
