@@ -15,7 +15,6 @@ from midstream.cost.cost import StageCost
 from midstream.cost.graph import Plan, plan
 from midstream.cost.questions import ANSWER_TOKENS
 from midstream.launch import checks
-from midstream.launch.check_data import Problem
 from midstream.launch.checks import problems, read_tasks
 from midstream.study.store import Ledger
 from own_studies import mixed, seen, study_of
@@ -75,23 +74,17 @@ def forget_a_task(root: Path) -> None:
     ],
 )
 def test_a_benchmark_that_is_not_whole_is_told_before_anything_runs(
-    tmp_path: Path,
+    mine: Path,
     empty: Ledger,
     monkeypatch: pytest.MonkeyPatch,
     harm: Callable[[Path], None],
     said: str,
 ) -> None:
     read_requests(monkeypatch)
-    root = own_world.write_world(tmp_path / "world")
     asked = Evaluation(visual_tasks=("pope",), text_tasks=("quiz",))
-
-    def found() -> tuple[Problem, ...]:
-        model = seen(own_world.data_of(root), mixed(200, web=1.0))
-        return problems(plan(study_of(model, asked=asked), empty), empty)
-
-    assert found() == ()
-    harm(root)
-    (problem,) = found()
+    harm(mine)
+    model = seen(own_world.data_of(mine), mixed(200, web=1.0))
+    (problem,) = problems(plan(study_of(model, asked=asked), empty), empty)
     assert said in str(problem)
     assert problem.level == "wrong"
     assert problem.stages[0].startswith("evaluation before fine-tuning")

@@ -12,10 +12,9 @@ import tiny
 from midstream.config import Config, ContinuedCosine, EncoderConfig, TokenizerFile
 from midstream.core.identity import file_sha256
 from midstream.core.storage import write_json
-from midstream.cost.graph import plan
 from midstream.launch import checks
 from midstream.launch.check_data import Problem
-from midstream.launch.checks import exhibits, problems
+from midstream.launch.checks import exhibits
 from midstream.study.imported import RECORD, ImportRecord
 from midstream.study.label import label
 from midstream.study.stages import (
@@ -153,18 +152,6 @@ def test_a_disk_without_room_is_told_with_both_numbers(
     assert "make room" in problem.remedy
     # The store is not there yet: the folder that it will lie in says it.
     assert set(asked) == {empty.store.parent}
-
-
-def test_inputs_that_a_study_was_planned_without_join_the_list(
-    tmp_path: Path, empty: Ledger
-) -> None:
-    from midstream.cli.catalogue import find_study
-
-    study = find_study("paper.table_5", ["scale=79m"])
-    found = problems(plan(study, empty), empty)
-    missing = [problem for problem in found if "was planned without" in problem.what]
-    assert [problem.level for problem in missing] == ["lacking"]
-    assert "(--set)" in missing[0].remedy
 
 
 def test_a_world_or_tokenizer_that_has_gone_since_planning_is_named(

@@ -198,7 +198,7 @@ def test_jobs_give_the_bits_of_a_local_run_though_preempted_and_killed_with_the_
 
 
 def test_equal_stages_are_one_array_and_children_wait_for_their_parents(cluster: Cluster) -> None:
-    study = study_of(RUN, text_run(2), text_run(3))
+    study = study_of(RUN, text_run(2))
     sizes: dict[str, str] = {}
 
     def look(event: dict[str, Any]) -> None:
@@ -206,16 +206,16 @@ def test_equal_stages_are_one_array_and_children_wait_for_their_parents(cluster:
             sizes.update(cluster.jobs())
 
     outcome = cluster(study, on_event=look, array_limit=1)
-    assert (outcome.num_done, outcome.exit_code) == (6, 0), outcome.messages
+    assert (outcome.num_done, outcome.exit_code) == (4, 0), outcome.messages
     runs = [sizes[line.result.of.name] for line in study.lines]
     assert len({job.partition("_")[0] for job in runs}) == 1
-    assert [job.partition("_")[2] for job in runs] == ["0", "1", "2"]
+    assert [job.partition("_")[2] for job in runs] == ["0", "1"]
     for line in study.lines:
         assert "_" not in sizes[line.result.name]
         begun = cluster.begun()
         assert begun.index(line.result.of.name) < begun.index(line.result.name)
     script = next(cluster.ledger.store.glob("slurm/jobs/midstream-pretrain-*/*submission.sh"))
-    assert "--array=0-2%1" in script.read_text()
+    assert "--array=0-1%1" in script.read_text()
 
 
 def test_what_slurm_cannot_give_is_named_and_nothing_is_queued(cluster: Cluster) -> None:
@@ -337,6 +337,7 @@ def test_a_preempted_job_is_queued_again_and_its_stage_goes_on(cluster: Cluster)
     assert cluster.begun().count(RUN.name) == 2
 
 
+@pytest.mark.faults
 @stand_in
 def test_a_job_that_slurm_ends_uses_up_a_restart_and_then_fails_its_stage(cluster: Cluster) -> None:
     steps = {"begun": lambda job: cluster.slurm.end(job, "OUT_OF_MEMORY")}
@@ -381,7 +382,7 @@ def test_a_controller_that_was_away_and_forgot_a_job_costs_nothing(cluster: Clus
 
 @stand_in
 def test_no_more_jobs_are_queued_than_max_jobs(cluster: Cluster) -> None:
-    study = study_of(RUN, text_run(2))
+    study = study_of(RUN)
     with pytest.raises(ValueError, match="max_jobs is 1"):
         cluster(study, detach=True, max_jobs=1)
     queued = []
@@ -389,5 +390,5 @@ def test_no_more_jobs_are_queued_than_max_jobs(cluster: Cluster) -> None:
     def count(event: dict[str, Any]) -> None:
         queued.append(len(cluster.jobs()))
 
-    assert cluster(study, on_event=count, max_jobs=1).num_done == 4
+    assert cluster(study, on_event=count, max_jobs=1).num_done == 2
     assert max(queued) == 1
