@@ -17,7 +17,6 @@ from faults import launched
 from faults.launched import (
     ENDLESS,
     LONG,
-    RESULT,
     agent,
     finish,
     has_steps,
@@ -88,7 +87,7 @@ def test_a_signal_to_any_process_stops_all_at_the_next_step_and_costs_none(
     assert num_steps < len(whole)
     assert not [pid for pid in mine.values() if Path(f"/proc/{pid}").exists()]
     # Here, on one rank: that ranks go on by a command is for the test of a frozen one.
-    tiny.run_missing(ledger, RESULT)
+    tiny.run_missing(ledger, LONG)
     assert losses(ledger) == pytest.approx(whole, rel=1e-6)
 
 
@@ -132,6 +131,7 @@ def test_a_dead_or_silent_rank_is_named_within_a_minute_and_a_retry_goes_on(
     assert losses(ledger) == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.faults
 def test_ranks_leave_a_launcher_that_was_killed_and_keep_a_checkpoint(
     ledger: Ledger, whole: list[float]
 ) -> None:
