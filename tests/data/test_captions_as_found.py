@@ -8,8 +8,7 @@ from typing import Any
 import pyarrow
 import pytest
 from made_captions import img2dataset, joined, outcome, picture, read, write, write_tar
-from made_inputs import OPTIONS, as_json, as_lines, run
-from pyarrow import parquet
+from made_inputs import OPTIONS, as_json, as_lines, as_parquet, run
 
 from inputs import png
 from midstream.data.formats import read_captions
@@ -86,9 +85,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.table(columns), path)
-    return str(path)
+    return write(path, as_parquet(pyarrow.table(columns)))
 
 
 def test_names_written_on_windows_are_read(tmp_path: Path) -> None:
@@ -278,10 +275,9 @@ def test_pictures_of_a_table_come_before_their_names_of_any_type(tmp_path: Path)
 
 def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
     columns = [pyarrow.array([png(0)]), pyarrow.array(["a"]), pyarrow.array(["b"])]
-    table = pyarrow.table(columns, names=["image", "text", "text"])
-    parquet.write_table(table, tmp_path / "a.parquet")
+    table = as_parquet(pyarrow.table(columns, names=["image", "text", "text"]))
     with pytest.raises(ValueError, match=r"a\.parquet has several columns text; give each"):
-        read(f"{tmp_path}/a.parquet")
+        read(write(tmp_path / "a.parquet", table))
 
 
 @pytest.mark.parametrize("folder", ["split={}", "partial-{}", "{}2017"])

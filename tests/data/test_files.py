@@ -15,12 +15,11 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_inputs import OPTIONS, Put, as_lines, run
+from made_inputs import OPTIONS, Put, as_lines, as_parquet, run
 
 from inputs import png, tar
 from midstream.data.formats import copies
@@ -337,12 +336,6 @@ def test_a_line_that_is_too_long_is_refused_and_one_at_the_limit_is_whole(
 # Copies.
 
 
-def parquet(*texts: str) -> bytes:
-    stream = io.BytesIO()
-    pq.write_table(pa.table({"text": texts}), stream)
-    return stream.getvalue()
-
-
 def texts(*found: str) -> bytes:
     return as_lines([{"text": text} for text in found])
 
@@ -362,7 +355,10 @@ RIVER = texts(*(f"The river {n} is wide." for n in range(300)))
         ({"d/a.jsonl": ONE, "d/a.jsonl.zst": zstd(ONE)}, "by their names"),
         ({"a.json.gz": gzip.compress(ONE), "a.json.zstd": zstd(ONE)}, "by their names"),
         ({"a.json": ONE, "a.jsonl": TWO}, "by their names"),
-        ({"a.parquet": parquet("one"), "a.jsonl.gz": gzip.compress(ONE)}, "by their names"),
+        (
+            {"a.parquet": as_parquet([{"text": "one"}]), "a.jsonl.gz": gzip.compress(ONE)},
+            "by their names",
+        ),
         ({"a.tar": tar({"0": ONE}), "a.TGZ": gzip.compress(tar({"0": ONE}))}, "by their names"),
         ({"a.tar": tar({"0": ONE}), "b/a.tgz": gzip.compress(tar({"0": ONE}))}, "once compressed"),
         ({"a.jsonl": ONE, "backup/a.jsonl": ONE}, "the same 34 bytes"),

@@ -16,7 +16,6 @@ import pyarrow
 import pytest
 from made_inputs import OPTIONS, Put, as_json, as_lines, as_parquet
 from PIL import Image
-from pyarrow import parquet
 
 from inputs import png, tar
 from midstream.data.formats.document_parts import document_of
@@ -445,9 +444,8 @@ def test_rows_of_the_wrong_types_and_places_are_rejects_one_by_one(put: Put) -> 
         assert [shown(item) for item in found] == [f"- {reason}"] * 2
     names = pyarrow.array([b"\xff", b"\xff", b"b", b"b"]).view(pyarrow.string())
     held = [row | {"text_content": "One.", "binary_content": png(0)} for row in rows]
-    columns, stream = pyarrow.Table.from_pylist(held), io.BytesIO()
-    parquet.write_table(columns.set_column(0, "sample_id", names), stream)
-    found = read(put("rows.parquet", stream.getvalue()))
+    columns = pyarrow.Table.from_pylist(held).set_column(0, "sample_id", names)
+    found = read(put("rows.parquet", as_parquet(columns)))
     assert [shown(item) for item in found] == ["- not UTF-8", ["One.", 0]]
     assert found[0].where == f"{path}, sample \\xff"
 
@@ -521,7 +519,7 @@ def fetched_table(folder: Path, addresses: Sequence[str], name: str = "00002.par
     ]
     rows.insert(1, {"key": "x", "status": "failed_to_download", "url": f"{A}gone", "jpg": None})
     folder.mkdir(exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name, row_group_size=3)
+    (folder / name).write_bytes(as_parquet(rows, row_group_size=3))
     return folder / name
 
 
@@ -532,7 +530,7 @@ def test_pictures_are_found_in_the_tables_of_img2dataset_by_their_addresses(
     path = fetched_table(folder, [f"https://x/{n}" for n in range(6)])
     # What img2dataset writes beside a tar tells of no further picture.
     img2dataset(folder, {A: 7}, "00001.tar")
-    parquet.write_table(pyarrow.table({"url": [B], "jpg": [png(8)]}), folder / "00001.parquet")
+    (folder / "00001.parquet").write_bytes(as_parquet([{"url": B, "jpg": png(8)}]))
     asked = [f"https://x/{n}" for n in (5, 0, 1, 3)] + [A, B, f"{A}gone"]
     texts = {"texts": ["One.", *[None] * len(asked)], "images": [None, *asked]}
     options = replace(OPTIONS, images=str(folder))

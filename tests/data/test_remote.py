@@ -2,17 +2,24 @@
 
 import errno
 import gzip
-import io
 import json
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from fsspec.registry import _registry, known_implementations
-from made_inputs import as_json, as_lines, captioned, changed_shards, contents, run, texts_of, times
+from made_inputs import (
+    as_json,
+    as_lines,
+    as_parquet,
+    captioned,
+    changed_shards,
+    contents,
+    run,
+    texts_of,
+    times,
+)
 from object_server import Fault, Served, serving
 
 from inputs import png, tar
@@ -90,9 +97,7 @@ def test_compressed_lines_and_tables_are_read_as_local_ones_are(served: Served) 
     rows = [f"{n}" * 50 for n in range(2000)]
     packed = served.put("a.jsonl.gz", gzip.compress(lines(*rows)))
     assert [json.loads(line)["text"] for line in read_lines(packed)] == rows
-    stream = io.BytesIO()
-    pq.write_table(pa.table({"text": rows}), stream)
-    table = served.put("a.parquet", stream.getvalue())
+    table = served.put("a.parquet", as_parquet([{"text": row} for row in rows]))
     assert [value.as_py() for (value,) in table_rows(table, ["text"])] == rows
 
 

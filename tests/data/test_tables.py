@@ -8,18 +8,16 @@ from pathlib import Path
 import pyarrow
 import pytest
 from made_captions import outcome
-from made_inputs import Put, as_json, as_lines, read_all, run
-from pyarrow import ipc, parquet
+from made_inputs import Put, as_json, as_lines, as_parquet, read_all, run
+from pyarrow import ipc
 
 from inputs import png
 from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.sources import Source
 
 
-def as_parquet(table: pyarrow.Table) -> bytes:
-    stream = io.BytesIO()
-    parquet.write_table(table, stream, row_group_size=3)
-    return stream.getvalue()
+def in_groups(table: pyarrow.Table) -> bytes:
+    return as_parquet(table, row_group_size=3)
 
 
 def as_stream(table: pyarrow.Table) -> bytes:
@@ -37,7 +35,7 @@ def as_file(table: pyarrow.Table) -> bytes:
     return stream.getvalue()
 
 
-WRITERS = [(as_parquet, "parquet"), (as_stream, "arrow"), (as_file, "arrow")]
+WRITERS = [(in_groups, "parquet"), (as_stream, "arrow"), (as_file, "arrow")]
 TEXTS = pyarrow.table({"text": [f"text {n}" for n in range(7)], "n": range(7)})
 
 
@@ -101,13 +99,13 @@ def test_conversations_of_a_table_are_read_with_their_pictures(
 
 def test_a_source_of_a_table_trains_without_the_table(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    pictures = [{"bytes": png(n % 3), "path": None} for n in range(40)]
-    table = pyarrow.table({"image": pictures, "text": [f"picture {n}" for n in range(40)]})
-    (tmp_path / "in/a.parquet").write_bytes(as_parquet(table))
+    shown = [{"bytes": png(n % 3), "path": None} for n in range(9)]
+    rows = [{"image": one, "text": f"picture {n}"} for n, one in enumerate(shown)]
+    (tmp_path / "in/a.parquet").write_bytes(as_parquet(rows, row_group_size=4))
     run("captions", tmp_path / "in", tmp_path / "out")
     (tmp_path / "in/a.parquet").unlink()
     source = Source("s", tmp_path / "out")
-    assert [source.image_bytes(n) for n in range(40)] == [png(n % 3) for n in range(40)]
+    assert [source.image_bytes(n) for n in range(9)] == [png(n % 3) for n in range(9)]
 
 
 def test_folders_that_datasets_saves_are_read_and_their_notes_are_not(tmp_path: Path) -> None:
@@ -135,14 +133,14 @@ def test_folders_that_datasets_saves_are_read_and_their_notes_are_not(tmp_path: 
 def test_which_split_of_a_table_is_meant_is_asked(put: Put, section: Section) -> None:
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
     rows = [{"text": "a", "image": {"bytes": png(1), "path": "x"}, "conversations": turns}]
-    data = as_parquet(pyarrow.Table.from_pylist(rows))
+    data = as_parquet(rows)
     for split in ("train", "validation", "test"):
         put(f"data/{split}-00000-of-00001.parquet", data)
     put("README.md", b"about")
     put("dataset_infos.json", b"{}")
     root = put("", b"").rstrip("/")
     if section == "conversations":
-        data = as_parquet(pyarrow.Table.from_pylist([{"conversations": turns}]))
+        data = as_parquet([{"conversations": turns}])
         for split in ("train", "validation", "test"):
             put(f"data/{split}-00000-of-00001.parquet", data)
     for source in (root, f"{root}/data", f"{root}/data/*.parquet"):
@@ -176,9 +174,8 @@ def test_pictures_and_their_texts_beside_each_other_are_samples(tmp_path: Path) 
     found = read_all("captions", str(tmp_path / "in"))
     assert outcome(found) == ["caption 0", "caption 2", "- no caption", "caption 1"]
     # img2dataset's table of what it fetched has no pictures inside.
-    table = pyarrow.table({"url": ["a"], "caption": ["b"], "key": ["0"], "status": ["success"]})
-    parquet.write_table(table, tmp_path / "made.parquet")
-    (tmp_path / "made.parquet").rename(tmp_path / "in/00000.parquet")
+    row = {"url": "a", "caption": "b", "key": "0", "status": "success"}
+    (tmp_path / "in/00000.parquet").write_bytes(as_parquet([row]))
     assert outcome(read_all("captions", str(tmp_path / "in"))) == outcome(found)
     (tmp_path / "in/00000.parquet").unlink()
     done = run("captions", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.3)
@@ -208,18 +205,16 @@ def test_a_split_is_told_wherever_its_word_stands_in_the_name(
 ) -> None:
     for number, name in enumerate(names):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        parquet.write_table(pyarrow.table({"text": [f"document {number}"]}), tmp_path / name)
+        (tmp_path / name).write_bytes(as_parquet([{"text": f"document {number}"}]))
     with pytest.raises(ValueError, match=patterns):
         read_all("text", str(tmp_path))
 
 
 def test_a_stream_of_arrow_that_does_not_end_or_goes_on_is_refused(put: Put) -> None:
     whole = as_stream(TEXTS)
-    ends = range(0, len(whole), 8)
-    cut = [put(f"{end}/a.arrow", whole[:end]) for end in ends]
-    for path in cut:
+    for end in range(0, len(whole), 8):
         with pytest.raises(ValueError, match=r"a\.arrow is no whole Arrow file"):
-            read_all("text", path)
+            read_all("text", put("a.arrow", whole[:end]))
     with pytest.raises(ValueError, match=rf"goes on behind .*, at byte {len(whole):,}; give each"):
         read_all("text", put("b.arrow", whole + whole))
     assert len(read_all("text", put("c.arrow", whole))) == len(TEXTS)
