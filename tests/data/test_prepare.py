@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from made import supervised
-from made_inputs import run, times
+from made_inputs import as_parquet, run, times
 from made_world import (
     CAPTIONS,
     TALKS,
@@ -176,9 +174,10 @@ def test_examples_begin_as_the_study_says_whatever_the_tokenizers_own_rule(
 def test_each_text_source_is_read_from_the_column_that_the_world_names(
     root: Path, tmp_path: Path
 ) -> None:
-    table = pa.table({"content": ["def one(): pass", "two = 2"], "path": ["a.py", "b.py"]})
+    codes = {"a.py": "def one(): pass", "b.py": "two = 2"}
     (root / "text/code").mkdir()
-    pq.write_table(table, root / "text/code/0.parquet")
+    table = as_parquet([{"content": code, "path": path} for path, code in codes.items()])
+    (root / "text/code/0.parquet").write_bytes(table)
     with pytest.raises(ValueError, match=r"no column 'text'; .*, one of \['content', 'path'\]"):
         prepared(root, tmp_path / "none")
     said = {"text": {"code": {"column": "content"}}}
