@@ -124,8 +124,7 @@ def test_every_position_target_segment_and_picture_is_that_of_the_plain_form(
     seed: int, layout: Layout, row_length: int, patches: int, whole: bool, begins: bool
 ) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        for module in (order_plan, order_plan):
-            patch.setattr(module, "BLOCK_ROWS", 9)
+        patch.setattr(order_plan, "BLOCK_ROWS", 9)
         names = ALL[:2] if layout == "joined" else ALL
         sources = make_sources(
             Path(folder),
