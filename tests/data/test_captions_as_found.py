@@ -18,9 +18,10 @@ from midstream.data.formats.records import ReadOptions, Sample
 from midstream.data.source_writer import Reject
 
 
-@pytest.mark.parametrize("folder", ["", "train2017/"])
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("number", ["{0}", "{0}.0", '"{0}"'])
+@pytest.mark.parametrize(
+    ("folder", "named", "number"),
+    [("", False, "{0}"), ("", True, "{0}.0"), ("train2017/", False, '"{0}"')],
+)
 def test_coco_as_tables_write_it(tmp_path: Path, folder: str, named: bool, number: str) -> None:
     images, annotations = [], []
     for n in range(3):
@@ -113,23 +114,22 @@ def test_names_written_on_windows_are_read(tmp_path: Path) -> None:
     assert str(found).endswith(f"missing picture ({tmp_path}/b/0.png)")
 
 
-@pytest.mark.parametrize("here", ["NFC", "NFD"])
-def test_names_in_another_form_of_unicode_are_read(tmp_path: Path, here: Any) -> None:
-    name = unicodedata.normalize(here, "né.png")
-    write(tmp_path / name, picture(0))
-    for form in ("NFC", "NFD"):
-        row = {"image": unicodedata.normalize(form, name), "caption": "box"}
-        assert outcome(read(write(tmp_path / "a.json", as_json([row])))) == ["box"]
+def test_names_in_another_form_of_unicode_are_read(tmp_path: Path) -> None:
+    forms: tuple[Any, ...] = ("NFC", "NFD")
+    for here in forms:
+        write(tmp_path / here / unicodedata.normalize(here, "né.png"), picture(0))
+        for form in forms:
+            row = {"image": unicodedata.normalize(form, "né.png"), "caption": "box"}
+            found = read(write(tmp_path / here / "a.json", as_json([row])))
+            assert outcome(found) == ["box"]
 
 
-@pytest.mark.parametrize(
-    "keys", [("image_file_name", "text"), ("file_names", "TEXT"), ("Image", "caption")]
-)
-def test_keys_are_those_of_imagefolder_in_any_case(tmp_path: Path, keys: tuple[str, str]) -> None:
+def test_keys_are_those_of_imagefolder_in_any_case(tmp_path: Path) -> None:
     write(tmp_path / "0.png", picture(0))
-    name: Any = ["0.png"] if keys[0].endswith("s") else "0.png"
-    row = {"file_name": None, keys[0]: name, "Text": None, keys[1]: "box"}
-    assert outcome(read(write(tmp_path / "metadata.jsonl", as_lines([row])))) == ["box"]
+    for key, text in (("image_file_name", "text"), ("file_names", "TEXT"), ("Image", "caption")):
+        name: Any = ["0.png"] if key.endswith("s") else "0.png"
+        row = {"file_name": None, key: name, "Text": None, text: "box"}
+        assert outcome(read(write(tmp_path / "metadata.jsonl", as_lines([row])))) == ["box"]
     several = {"left_file_name": "0.png", "right_file_name": "0.png", "text": "box"}
     found = read(write(tmp_path / "metadata.jsonl", as_lines([several])))
     assert outcome(found) == ["- no picture"]
@@ -146,36 +146,28 @@ def test_which_of_several_names_of_a_picture_is_meant(tmp_path: Path) -> None:
     assert found.picture.data == picture(0)
 
 
-@pytest.mark.parametrize(
-    "text", ["[\"it's\", 'a \\'box\\'']", '["it\'s"\n "a \'box\'"]', '["it\'s", "a \'box\'"]']
-)
-def test_lists_as_python_numpy_and_json_write_them_are_lists(tmp_path: Path, text: str) -> None:
-    write(tmp_path / "0.png", picture(0))
-    row = {"image": "0.png", "caption": text}
-    found = read(write(tmp_path / "a.json", as_json([row])))
-    assert outcome(found) == ["it's", "a 'box'"]
-    for one in ("['a'] and [b]", "('a')", "[12]", "(None)", "...", "['\\x']"):
-        row["caption"] = one
-        assert outcome(read(write(tmp_path / "a.json", as_json([row])))) == [one]
+IT = ["it's", "a 'box'"]
+LISTED: dict[str, list[str]] = {
+    "[\"it's\", 'a \\'box\\'']": IT,
+    '["it\'s"\n "a \'box\'"]': IT,
+    '["it\'s", "a \'box\'"]': IT,
+    "[None, 'a']": ["- no caption", "a"],
+    '["a", null]': ["a", "- no caption"],
+    "['a' nan 'b']": ["a", "- no caption", "b"],
+    "('a', 'b')": ["a", "b"],
+    "('a',)": ["a"],
+    "['a' 'None' ... 'b']": ["- no caption"],
+    **{one: [one] for one in ("['a'] and [b]", "('a')", "[12]", "(None)", "...", "['\\x']")},
+}
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("[None, 'a']", ["- no caption", "a"]),
-        ('["a", null]', ["a", "- no caption"]),
-        ("['a' nan 'b']", ["a", "- no caption", "b"]),
-        ("('a', 'b')", ["a", "b"]),
-        ("('a',)", ["a"]),
-        ("['a' 'None' ... 'b']", ["- no caption"]),
-    ],
-)
-def test_lists_with_gaps_and_tuples_are_no_captions(
-    tmp_path: Path, text: str, expected: list[str]
+def test_lists_as_python_numpy_and_json_write_them_are_lists_and_gaps_no_captions(
+    tmp_path: Path,
 ) -> None:
     write(tmp_path / "0.png", picture(0))
-    row = {"image": "0.png", "caption": text}
-    assert outcome(read(write(tmp_path / "a.json", as_json([row])))) == expected
+    for text, expected in LISTED.items():
+        row = {"image": "0.png", "caption": text}
+        assert outcome(read(write(tmp_path / "a.json", as_json([row])))) == expected
 
 
 def test_a_caption_beside_its_picture_may_be_in_utf16(tmp_path: Path) -> None:
