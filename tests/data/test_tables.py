@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -129,24 +130,22 @@ def test_folders_that_datasets_saves_are_read_and_their_notes_are_not(tmp_path: 
     assert len(read_all("text", str(whole / "train"))) == 7
 
 
-@pytest.mark.parametrize("section", ["text", "captions", "conversations"])
-def test_which_split_of_a_table_is_meant_is_asked(put: Put, section: Section) -> None:
+def test_which_split_of_a_table_is_meant_is_asked(put: Put) -> None:
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
-    rows = [{"text": "a", "image": {"bytes": png(1), "path": "x"}, "conversations": turns}]
-    data = as_parquet(rows)
-    for split in ("train", "validation", "test"):
-        put(f"data/{split}-00000-of-00001.parquet", data)
-    put("README.md", b"about")
-    put("dataset_infos.json", b"{}")
+    row = {"text": "a", "image": {"bytes": png(1), "path": "x"}}
     root = put("", b"").rstrip("/")
-    if section == "conversations":
-        data = as_parquet([{"conversations": turns}])
+    rows: dict[Section, Any] = {"text": row, "captions": row}
+    rows["conversations"] = {"conversations": turns}
+    for section, held in rows.items():
         for split in ("train", "validation", "test"):
-            put(f"data/{split}-00000-of-00001.parquet", data)
-    for source in (root, f"{root}/data", f"{root}/data/*.parquet"):
-        with pytest.raises(ValueError, match=r"splits test, train, validation.*/train-\*\.parquet"):
-            read_all(section, source)
-    assert len(read_all(section, f"{root}/data/train-*.parquet")) == 1
+            put(f"{section}/data/{split}-00000-of-00001.parquet", as_parquet([held]))
+        put(f"{section}/README.md", b"about")
+        put(f"{section}/dataset_infos.json", b"{}")
+        told = r"splits test, train, validation.*/train-\*\.parquet"
+        for source in (f"{section}", f"{section}/data", f"{section}/data/*.parquet"):
+            with pytest.raises(ValueError, match=told):
+                read_all(section, f"{root}/{source}")
+        assert len(read_all(section, f"{root}/{section}/data/train-*.parquet")) == 1
 
 
 def test_lists_and_lines_of_images_and_captions_are_read(put: Put) -> None:
@@ -184,30 +183,29 @@ def test_pictures_and_their_texts_beside_each_other_are_samples(tmp_path: Path) 
     assert [source.image_bytes(n) for n in range(3)] == [png(n) for n in (0, 2, 1)]
 
 
-@pytest.mark.parametrize(
-    ("names", "patterns"),
-    [
-        (("gsm8k_train.parquet", "gsm8k_test.parquet"), "gsm8k_test.parquet or .*gsm8k_train"),
-        (("TRAIN.PARQUET", "TEST.PARQUET"), "TEST.PARQUET or .*TRAIN.PARQUET"),
-        (("train.pq", "test"), r"/test or .*/train\.pq"),
-        (
-            ("train_00000.parquet", "train_00001.parquet", "test_00000.parquet"),
-            r"test_\*.parquet or .*train_\*.parquet",
-        ),
-        (
-            ("en/train-0.parquet", "fr/train-0.parquet", "fr/test-0.parquet"),
-            r"en/train-\*.parquet with .*fr/train-\*.parquet",
-        ),
-    ],
-)
-def test_a_split_is_told_wherever_its_word_stands_in_the_name(
-    tmp_path: Path, names: tuple[str, ...], patterns: str
-) -> None:
-    for number, name in enumerate(names):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(as_parquet([{"text": f"document {number}"}]))
-    with pytest.raises(ValueError, match=patterns):
-        read_all("text", str(tmp_path))
+SPLIT_FILES = [
+    (("gsm8k_train.parquet", "gsm8k_test.parquet"), "gsm8k_test.parquet or .*gsm8k_train"),
+    (("TRAIN.PARQUET", "TEST.PARQUET"), "TEST.PARQUET or .*TRAIN.PARQUET"),
+    (("train.pq", "test"), r"/test or .*/train\.pq"),
+    (
+        ("train_00000.parquet", "train_00001.parquet", "test_00000.parquet"),
+        r"test_\*.parquet or .*train_\*.parquet",
+    ),
+    (
+        ("en/train-0.parquet", "fr/train-0.parquet", "fr/test-0.parquet"),
+        r"en/train-\*.parquet with .*fr/train-\*.parquet",
+    ),
+]
+
+
+def test_a_split_is_told_wherever_its_word_stands_in_the_name(tmp_path: Path) -> None:
+    for number, (names, patterns) in enumerate(SPLIT_FILES):
+        for document, name in enumerate(names):
+            path = tmp_path / str(number) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(as_parquet([{"text": f"document {document}"}]))
+        with pytest.raises(ValueError, match=patterns):
+            read_all("text", str(tmp_path / str(number)))
 
 
 def test_a_stream_of_arrow_that_does_not_end_or_goes_on_is_refused(put: Put) -> None:
