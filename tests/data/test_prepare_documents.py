@@ -1,7 +1,6 @@
 """`midstream prepare documents`, and documents as a source of a world."""
 
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -185,12 +184,3 @@ def test_what_was_missing_is_looked_for_again_and_no_shard_is_made_anew_for_noth
     assert again["shards"] == {"kept": 1, "new": 1}
     assert again["dropped_turns"] == {}
     assert again["train"]["images"] == 4
-
-
-def test_an_archive_of_lines_is_read_and_is_no_unread_file(tmp_path: Path) -> None:
-    write_pages(tmp_path / "in", PAGES[:2])
-    with zipfile.ZipFile(tmp_path / "in/pages.jsonl.zip", "w") as archive:
-        archive.write(tmp_path / "in/pages.jsonl", "pages.jsonl")
-    (tmp_path / "in/pages.jsonl").unlink()
-    done = run("documents", tmp_path / "in", tmp_path / "out")
-    assert (done["train"]["images"], done["unread"]["files"]) == (4, 0)

@@ -214,13 +214,6 @@ def test_a_folder_is_its_llava_json_or_all_its_json_files(put: Put) -> None:
     assert [item.turns[0][0] for item in read(root)] == ["3?"]
 
 
-def test_a_json_file_that_holds_no_list_is_refused_by_name(put: Put) -> None:
-    put("talks.json", as_json([talk(1)]))
-    put("about.json", b'{"talks": {}}')
-    with pytest.raises(ValueError, match=r"about\.json begins with .*list of records"):
-        conversation_units([put("", b"")])
-
-
 def test_what_is_not_there_or_unknown_is_refused(put: Put) -> None:
     path, other = put("a.json", b"[]"), put("a.csv", b"a,b")
     assert read(path) == []

@@ -246,7 +246,7 @@ def test_mmc4_puts_pictures_before_the_texts_that_they_match(put: Put, packed: s
         *["- texts and pictures disagree"] * 2,
         "- no picture",
     ]
-    assert unread_files("conversations", [put("", b"")], document_units([path], OPTIONS)) == []
+    assert unread_files("documents", [put("", b"")], document_units([path], OPTIONS)) == []
     for source in (path, put("", b"")):
         assert [shown(item) for item in read(source)] == expected
 

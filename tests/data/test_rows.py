@@ -202,13 +202,6 @@ def test_a_record_longer_than_a_row_is_named_with_both_numbers_and_the_remedies(
             plan_rows({"dr": source}, PATCHES, drawn, rows, 0, "refuse")
 
 
-def test_an_unknown_source_is_refused_with_all_that_there_are(tmp_path: Path) -> None:
-    sources = make_sources(tmp_path, 0, longest=28)
-    budget = mixture(100, {"web": 0.5, "wbe": 0.5})
-    with pytest.raises(ValueError, match=r"'wbe' in the data; it holds \['notes', 'pics', 'talks"):
-        plan_rows(sources, 4, budget, Rows(row_length=32, batch_rows=4), 0)
-
-
 @given(seed=st.integers(0, 99), share=st.floats(0, 1e-2), part=st.floats(0.05, 0.9))
 @settings(max_examples=8, deadline=None)
 def test_shares_before_the_reduction_are_of_the_same_examples_whatever_the_connector(

@@ -31,7 +31,7 @@ from midstream.cost.known import facts_of_results
 from midstream.data.examples import TextCodec
 from midstream.data.formats.records import ReadOptions
 from midstream.data.lengths import SourceLengths
-from midstream.data.rows import RowDataset, build_row, load_steps, plan_rows, shares_report
+from midstream.data.rows import build_row, plan_rows, shares_report
 from midstream.data.sources import Kind, Source
 from midstream.order import stream
 from midstream.order.stream import Stream
@@ -181,33 +181,6 @@ def test_a_caption_follows_from_the_plan_and_its_place_whatever_was_asked_before
     forwards = [there.layout.row(index) for index in range(len(there))]
     backwards = [back.layout.row(index) for index in reversed(range(len(back)))]
     assert forwards == backwards[::-1]
-
-
-class Pictures:
-    """What stands for a picture: its source and example."""
-
-    def __call__(self, images: np.ndarray) -> Any:
-        """float [images, 2]."""
-        import torch
-
-        return torch.from_numpy(images).float()
-
-
-def test_one_and_three_ranks_see_the_same_captions(tmp_path: Path) -> None:
-    source = captioned(tmp_path, 4, 60)
-    rows, budget = Rows(row_length=14, batch_rows=6), budget_of("epochs", "random", 0)
-    # Some captions are cut.
-    plan = plan_rows({"dr": source}, PATCHES + 5, budget, rows, 5, "cut")
-    dataset = RowDataset(plan, {"dr": source}, PATCHES + 5, Pictures())
-
-    def ids(rank: int, world_size: int) -> list[list[list[int]]]:
-        steps = load_steps(dataset, first_row=0, micro_rows=2, rank=rank, world_size=world_size)
-        return [[row for batch in step for row in batch.input_ids.tolist()] for step in steps]
-
-    parts = [ids(rank, 3) for rank in range(3)]
-    for step, whole in enumerate(ids(0, 1)):
-        joined = [row for part in parts for row in part[step] if any(row)]
-        assert sorted(joined) == sorted(whole)
 
 
 @pytest.mark.parametrize("asked", ["synthetic", "random", "original"])

@@ -184,6 +184,10 @@ def test_pictures_and_their_texts_beside_each_other_are_samples(tmp_path: Path) 
 
 
 SPLIT_FILES = [
+    *(
+        ((f"{folder.format('train')}/0.parquet", f"{folder.format('test')}/0.parquet"), "test, tr")
+        for folder in ("split={}", "partial-{}", "{}2017")
+    ),
     (("gsm8k_train.parquet", "gsm8k_test.parquet"), "gsm8k_test.parquet or .*gsm8k_train"),
     (("TRAIN.PARQUET", "TEST.PARQUET"), "TEST.PARQUET or .*TRAIN.PARQUET"),
     (("train.pq", "test"), r"/test or .*/train\.pq"),
@@ -206,6 +210,7 @@ def test_a_split_is_told_wherever_its_word_stands_in_the_name(tmp_path: Path) ->
             path.write_bytes(as_parquet([{"text": f"document {document}"}]))
         with pytest.raises(ValueError, match=patterns):
             read_all("text", str(tmp_path / str(number)))
+    assert len(read_all("text", f"{tmp_path}/0/split=train")) == 1
 
 
 def test_a_stream_of_arrow_that_does_not_end_or_goes_on_is_refused(put: Put) -> None:

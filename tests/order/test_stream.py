@@ -210,16 +210,6 @@ def test_a_permutation_and_draws_are_the_same_one_by_one_and_in_bulk(
         assert bulk.tolist() == one_by_one
 
 
-@given(count=st.integers(1, 50), size=st.integers(1, 60), seed=SEEDS)
-@settings(max_examples=40, deadline=None)
-def test_totals_of_chunks_are_sums_of_lengths(count: int, size: int, seed: int) -> None:
-    lengths = lengths_of(seed, count)
-    chunks = np.arange(-(-count // size))
-    sums = [int(lengths.lengths[c * size : (c + 1) * size].sum()) for c in chunks]
-    assert lengths.totals(chunks, size).tolist() == sums
-    assert lengths.total == sum(sums)
-
-
 def test_a_source_without_an_example_is_refused() -> None:
     with pytest.raises(ValueError, match="0/web: the source holds no example"):
         Stream(ArrayLengths(np.zeros(0)), "0/web")
