@@ -228,12 +228,9 @@ def test_restoring_at_every_row_twice_in_a_row_gives_the_uninterrupted_sequence(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "first_row"), [(1, 8), (3, 11)])
-def test_worker_processes_load_the_same_rows(
-    dataset: RowDataset, rows: list[Row], workers: int, first_row: int
-) -> None:
-    steps = list(load_steps(dataset, first_row=first_row, micro_rows=3, workers=workers))
-    check_steps(steps, rows, first_row)
+def test_worker_processes_load_the_same_rows(dataset: RowDataset, rows: list[Row]) -> None:
+    steps = list(load_steps(dataset, first_row=11, micro_rows=3, workers=2))
+    check_steps(steps, rows, 11)
 
 
 def test_loading_leaves_the_global_generators_alone(dataset: RowDataset) -> None:

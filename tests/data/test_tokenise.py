@@ -15,11 +15,11 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_inputs import shared
 from made_tokenizers import (
     LANGUAGE,
     LLAMA,
     MADE,
-    SHARED,
     TEXTS,
     byte_level,
     changed,
@@ -86,10 +86,8 @@ def test_every_character_gets_the_ids_of_tokenizers(name: str, plane: int) -> No
 def texts_of(folder: str, *, ends: bool = False) -> list[str]:
     """The text files of a folder of real data, or the first and the last of them: as they are, in
     pieces; strings of JSON alone."""
-    if not (SHARED / folder).is_dir():
-        pytest.skip(f"the real data are not at {SHARED}; docs/real-data.md lists them")
     read = {".txt", ".tex", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gzip"}
-    paths = [path for path in sorted((SHARED / folder).rglob("*")) if path.suffix in read]
+    paths = [path for path in sorted(Path(shared(folder)).rglob("*")) if path.suffix in read]
     found: list[str] = []
     for path in sorted({*paths[:1], *paths[-1:]}) if ends else paths:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gzip" else path.read_bytes()

@@ -177,7 +177,7 @@ def check_cuts(plan: RowPlan, rows: list[list[Placement]]) -> None:
             assert end_of == whole or end_of % size == 0 or budget_ends or full
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_plans_of_more_blocks_than_are_looked_at_hold_every_token_too(seed: int) -> None:
     supplies = supplies_of(seed, 30)
     total = int(0.9 * supplies[0].lengths.total / 0.55)
