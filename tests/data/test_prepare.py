@@ -257,7 +257,7 @@ def replace_by_prepared(root: Path, tmp_path: Path, names: list[str], tokenizer:
         run(SECTIONS[name], moved, root / name, tokenizer_file=tokenizer)
 
 
-@pytest.mark.parametrize("names", [["text/web"], ["captions/pics", "instruct/talks"], [*SECTIONS]])
+@pytest.mark.parametrize("names", [["captions/pics", "instruct/talks"], [*SECTIONS]])
 def test_sources_prepared_before_are_taken_as_they_are(
     root: Path, tmp_path: Path, first: Prepared, names: list[str]
 ) -> None:
