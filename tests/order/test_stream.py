@@ -42,15 +42,6 @@ def order(found: Stream, count: int) -> list[int]:
     return [int(found.places(place, place + 1).examples[0]) for place in range(count)]
 
 
-@given(sizes=SIZES, count=st.integers(1, 90), seed=SEEDS, key=st.text(max_size=5))
-@settings(max_examples=30, deadline=None)
-def test_each_pass_holds_every_example_once(sizes: Sizes, count: int, seed: int, key: str) -> None:
-    with sized(sizes):
-        found = Stream(lengths_of(seed, count), key).places(0, 3 * count).examples.tolist()
-    for start in range(0, 3 * count, count):
-        assert sorted(found[start : start + count]) == list(range(count))
-
-
 @given(sizes=SIZES, count=st.integers(1, 30), seed=SEEDS, sampling=SAMPLINGS, key=st.text())
 @settings(max_examples=25, deadline=None)
 def test_places_and_tokens_are_those_of_a_plain_list(
