@@ -368,28 +368,28 @@ def test_a_missing_part_or_picture_is_named_and_other_bytes_than_planned_are_ref
         write_small_real(config, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("bench_text/piqa/valid-labels.lst", "0\n1\n", "holds 2 labels"),
-        ("bench_text/llm_foundry/copa.jsonl", '{"query": "a"}\n', "line 1: needs the keys"),
-        (
-            "bench_text/llm_foundry/arc_easy.jsonl",
-            '{"query": "a", "choices": ["b", "c"], "gold": 2}\n',
-            "line 1: gold 2",
-        ),
-        ("caption_flickr8k/match_pairs.tsv", "photo_1.jpg\tA dog\tmaybe\n", "line 1: expected"),
-        ("caption_flickr8k/captions.txt", "image,caption\nphoto_1.jpg,\n", "line 2: needs"),
-        ("vqa_easy/test/questions.json", '[["is it?", "yes"]]', "record 0: expected"),
-        ("text_wikitext2/valid.txt", "no title\n", "line 1: text before"),
-    ],
-)
-def test_a_malformed_record_is_named(
-    own: Path, tmp_path: Path, file: str, text: str, message: str
-) -> None:
-    (own / file).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        write_small_real(configured(own), tmp_path / "out")
+MALFORMED = [
+    ("bench_text/piqa/valid-labels.lst", "0\n1\n", "holds 2 labels"),
+    ("bench_text/llm_foundry/copa.jsonl", '{"query": "a"}\n', "line 1: needs the keys"),
+    (
+        "bench_text/llm_foundry/arc_easy.jsonl",
+        '{"query": "a", "choices": ["b", "c"], "gold": 2}\n',
+        "line 1: gold 2",
+    ),
+    ("caption_flickr8k/match_pairs.tsv", "photo_1.jpg\tA dog\tmaybe\n", "line 1: expected"),
+    ("caption_flickr8k/captions.txt", "image,caption\nphoto_1.jpg,\n", "line 2: needs"),
+    ("vqa_easy/test/questions.json", '[["is it?", "yes"]]', "record 0: expected"),
+    ("text_wikitext2/valid.txt", "no title\n", "line 1: text before"),
+]
+
+
+def test_a_malformed_record_is_named(own: Path, tmp_path: Path) -> None:
+    for number, (file, text, message) in enumerate(MALFORMED):
+        whole = (own / file).read_bytes()
+        (own / file).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            write_small_real(configured(own), tmp_path / str(number))
+        (own / file).write_bytes(whole)
 
 
 def test_the_recipe_names_what_the_world_holds(root: Path, world: Path, tmp_path: Path) -> None:
