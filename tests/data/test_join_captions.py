@@ -46,7 +46,7 @@ def joined(folder: Path, workers: int = 1) -> dict[str, int]:
     )
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_pictures_get_their_own_and_five_synthetic_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

@@ -137,7 +137,8 @@ def test_bad_records_are_rejected_with_their_place_and_good_ones_stay(put: Put) 
     good = llava("Why?", "So.")
     bad: list[tuple[Any, str]] = [
         (7, "not a JSON object"),
-        ([good], "not a JSON object"),
+        (["Why?"], "not a JSON object"),
+        ([good], "no conversation"),
         (None, "not a JSON object"),
         ({"text": "x"}, "no conversation"),
         (llava("", "So."), "empty turn"),
