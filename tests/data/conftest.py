@@ -37,7 +37,7 @@ def put(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[st
 def shown() -> list[int | None]:
     """Which picture each conversation shows, some none, many the same."""
     random = np.random.default_rng(0)
-    order = [*range(NUM_PICTURES), *random.integers(0, NUM_PICTURES, 40).tolist()]
+    order = [*range(NUM_PICTURES), *random.integers(0, NUM_PICTURES, 20).tolist()]
     return [None if x % 5 == 3 and at >= NUM_PICTURES else x for at, x in enumerate(order)]
 
 

@@ -39,10 +39,11 @@ def as_lines(records: Sequence[Any]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def as_parquet(rows: Sequence[Any]) -> bytes:
-    """A table of such rows."""
+def as_parquet(rows: Sequence[Any] | pyarrow.Table, **options: Any) -> bytes:
+    """A table, or one of such rows."""
+    table = rows if isinstance(rows, pyarrow.Table) else pyarrow.Table.from_pylist(list(rows))
     stream = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), stream)
+    parquet.write_table(table, stream, **options)
     return stream.getvalue()
 
 

@@ -4,11 +4,10 @@ import json
 import random
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import strategies as st
+from made_inputs import shared
 from tokenizers import (
     AddedToken,
     Regex,
@@ -31,8 +30,6 @@ from midstream.data.tokenise import (
 )
 from midstream.data.tokenise import LLAMA3_PATTERN as LLAMA
 
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
-NEOX = SHARED / "gpt_neox_tokenizer" / "20B_tokenizer.json"
 LANGUAGE = [
     "The captain's daughter said she'll go, and they've seen 12345 ships in 1892.",
     "It wasn't the harbour; I'm sure it's   the   other one...\n\n\tDON'T you'd say so?",
@@ -122,12 +119,8 @@ MADE: dict[str, Callable[[], Tokenizer]] = {
 @cache
 def pair(name: str) -> tuple[Tokenizer, FastEncoder]:
     """A tokenizer of `MADE` or GPT-NeoX's, as TextCodec sets it, and its fast encoder."""
-    if name == "neox":
-        if not NEOX.is_file():
-            pytest.skip(f"the tokenizer of GPT-NeoX is not at {NEOX}; docs/real-data.md lists it")
-        tokenizer = open_tokenizer(str(NEOX))
-    else:
-        tokenizer = MADE[name]()
+    neox = "gpt_neox_tokenizer/20B_tokenizer.json"
+    tokenizer = open_tokenizer(shared(neox)) if name == "neox" else MADE[name]()
     tokenizer.encode_special_tokens = True
     encoder = fast_encoder(tokenizer)
     assert isinstance(encoder, FastEncoder), name

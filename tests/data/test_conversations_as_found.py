@@ -226,20 +226,16 @@ def test_what_would_be_learnt_wrongly_is_refused_with_its_reason(
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize(
-    "others",
-    [
+def test_what_speaks_of_no_picture_leaves_a_text_alone() -> None:
+    silent: list[Record] = [
         {"id": "a.jpg", "image_id": None, "image_1": "", "num_images": 0},
         {"source": "a.jpg or b.jpg\nc.jpg", "blob": b"abc", "image_size": [2, 3]},
         {"title": "How do I save a .png?", "avatar": "https://a.b/c.png", "photo": False},
         {"speech": b"RIFF\x00\x00\x00\x00WAVEfmt "},
-    ],
-)
-def test_what_speaks_of_no_picture_leaves_a_text_alone(others: Record) -> None:
-    assert conversation_of(talk(ask("Q?"), reply("R."), **others)) == asked("Q?")
-
-
-def test_a_key_beside_the_pictures_that_are_read_is_nothing() -> None:
+    ]
+    for others in silent:
+        assert conversation_of(talk(ask("Q?"), reply("R."), **others)) == asked("Q?")
+    # Nor does a key beside the pictures that are read.
     found = conversation_of(talk(ask("Q?"), reply("R."), image="a", mask="a.png"))
     assert found == asked("Q?", "a")
 

@@ -1,7 +1,7 @@
 """Examples: separators, masks and turns, as `data/examples.py` says."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +100,15 @@ def test_marks_that_a_models_own_vocabulary_holds_stay_plain_text(model: models.
 
 @given(text=TEXTS)
 @settings(max_examples=30, deadline=None)
-def test_a_document_ends_with_end_of_text_and_all_of_it_is_target(text: str) -> None:
-    example = text_example(CODEC, CODEC.encode(text))
-    assert example.input_ids.tolist() == [*CODEC.encode(text), CODEC.end_of_text]
-    assert example.supervised.tolist() == [1] * len(example.input_ids)
-
-
-@given(text=TEXTS)
-@settings(max_examples=30, deadline=None)
-def test_a_caption_is_target_from_behind_the_separator_to_end_of_text(text: str) -> None:
+def test_a_document_is_target_with_its_end_and_a_caption_from_behind_the_separator(
+    text: str,
+) -> None:
     ids = CODEC.encode(text)
-    example = caption_example(CODEC, ids)
-    assert example.input_ids.tolist() == [CODEC.separator, *ids, CODEC.end_of_text]
-    assert example.supervised.tolist() == [0] + [1] * (len(ids) + 1)
+    document, caption = text_example(CODEC, ids), caption_example(CODEC, ids)
+    assert document.input_ids.tolist() == [*ids, CODEC.end_of_text]
+    assert document.supervised.tolist() == [1] * (len(ids) + 1)
+    assert caption.input_ids.tolist() == [CODEC.separator, *ids, CODEC.end_of_text]
+    assert caption.supervised.tolist() == [0] + [1] * (len(ids) + 1)
 
 
 @given(turns=TURNS, has_image=st.booleans())
@@ -131,6 +127,10 @@ def test_only_replies_and_their_separators_are_targets(
     assert list(found) == expected
     # One separator behind the image, every human turn and every reply.
     assert (example.input_ids == CODEC.separator).sum() == has_image + 2 * len(turns)
+    # Evaluation asks with the tokens that stood before the reply in training.
+    first_target = int(np.argmax(example.supervised))
+    asked = question_ids(CODEC, turns[0][0], has_image=has_image)
+    assert example.input_ids[:first_target].tolist() == asked
 
 
 @given(text=TEXTS, turns=TURNS, has_image=st.booleans())
@@ -186,17 +186,6 @@ def test_a_tokenizers_file_says_what_begins_its_texts(tmp_path: Path) -> None:
         TokenizerFile.read(plain, "<s>")
     with pytest.raises(FileNotFoundError, match=r"gone\.json does not exist"):
         TokenizerFile.read(tmp_path / "gone.json")
-
-
-@given(turns=TURNS, has_image=st.booleans())
-@settings(max_examples=30, deadline=None)
-def test_evaluation_asks_with_the_tokens_that_stood_before_the_reply_in_training(
-    turns: list[tuple[str, str]], has_image: bool
-) -> None:
-    example = conversation_example(CODEC, turns, has_image=has_image)
-    first_target = int(np.argmax(example.supervised))
-    asked = question_ids(CODEC, turns[0][0], has_image=has_image)
-    assert example.input_ids[:first_target].tolist() == asked
 
 
 def talk_of(
@@ -299,24 +288,11 @@ def test_a_malformed_conversation_is_refused_by_its_record_and_reason(
         assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("others", [{}, {"image": ""}, {"image": float("nan")}, {"images": []}])
-def test_an_absent_picture_makes_a_text_only_record(others: dict[str, Any]) -> None:
-    expected = talk_of([Turn("What?", "A cat.")])
-    assert conversation_of(record(ASK, REPLY, **others)) == expected
-
-
-@pytest.mark.parametrize("others", [{"image": "a.jpg"}, {"images": ["a.jpg"]}])
-def test_both_layouts_give_the_same_turns_and_picture(others: dict[str, Any]) -> None:
-    messages = [
-        {"role": "user", "content": "<image>What?"},
-        {"role": "assistant", "content": "A cat."},
-        {"role": "user", "content": " Sure? "},
-        {"role": "assistant", "content": "Yes"},
-    ]
-    shown = record(SHOWN, REPLY, ("human", "Sure?"), ("gpt", "Yes"), **others)
-    expected = talk_of([Turn("What?", "A cat."), Turn("Sure?", "Yes")], "a.jpg")
-    assert conversation_of(shown) == expected
-    assert conversation_of({"messages": messages, **others}) == expected
+def test_an_absent_picture_makes_a_text_only_record() -> None:
+    nothing: list[dict[str, Any]] = [{}, {"image": ""}, {"image": float("nan")}, {"images": []}]
+    for others in nothing:
+        found = conversation_of(record(ASK, REPLY, **others))
+        assert found == talk_of([Turn("What?", "A cat.")])
 
 
 PARTS: list[tuple[list[Any], str | bytes]] = [
@@ -330,19 +306,17 @@ PARTS: list[tuple[list[Any], str | bytes]] = [
 ]
 
 
-@pytest.mark.parametrize(("parts", "picture"), PARTS)
-@pytest.mark.parametrize("key", ["conversations", "messages", "conversation"])
-@pytest.mark.parametrize(
-    "keys", [("from", "value"), ("role", "content"), ("speaker", "text"), ("role", "text")]
-)
-def test_lists_keys_and_parts_go_together_in_every_way(
-    key: str, keys: tuple[str, str], parts: list[Any], picture: str | bytes
-) -> None:
-    said = [("user", parts), ("Assistant", [{"type": "text", "text": "A"}, "cat."])]
-    others = {"images": ["a.jpg"]} if picture == "a.jpg" else {}
-    talk: dict[str, Any] = {"conversations": []}
-    talk |= {key: [dict(zip(keys, turn, strict=True)) for turn in said], **others}
-    assert conversation_of(talk) == talk_of([Turn("What?", "A\ncat.")], picture)
+LISTS = ("conversations", "messages", "conversation")
+KEYS = (("from", "value"), ("role", "content"), ("speaker", "text"), ("role", "text"))
+
+
+def test_lists_keys_and_parts_go_together_in_every_way() -> None:
+    for key, keys, (parts, picture) in product(LISTS, KEYS, PARTS):
+        said = [("user", parts), ("Assistant", [{"type": "text", "text": "A"}, "cat."])]
+        others = {"images": ["a.jpg"]} if picture == "a.jpg" else {}
+        talk: dict[str, Any] = {"conversations": []}
+        talk |= {key: [dict(zip(keys, turn, strict=True)) for turn in said], **others}
+        assert conversation_of(talk) == talk_of([Turn("What?", "A\ncat.")], picture)
 
 
 def test_a_picture_alone_is_a_question_and_a_part_in_its_midst_stands_there() -> None:
@@ -544,7 +518,10 @@ def test_what_is_no_tokenizer_file_is_refused_by_name(tmp_path: Path) -> None:
         TextCodec.from_file(path)
 
 
-def test_pictures_stand_where_the_turns_and_the_parts_say():
+def test_pictures_stand_where_the_turns_and_the_parts_say() -> None:
+    assert without_marks("<image>\nIs it <image>? ") == ("Is it ?", (0, 6))
+    assert without_marks("What?") == ("What?", ())
+    assert without_marks("<image>") == ("", (0,))
     first = Turn("What differs?", "The hat.", "Be brief.", (0, 0))
     later = Turn("And here: ?", "Nothing.", "", (10,))
     example = conversation_example(CODEC, [first, later])
@@ -588,9 +565,3 @@ def test_what_is_asked_is_the_head_of_the_conversation_that_training_lays_out(
     assert not asked.supervised.any()
     assert (head.supervised == whole.supervised[: len(head.supervised)]).all()
     assert (len(head.input_ids) == 0) is (num_earlier == 0)
-
-
-def test_marks_say_where_pictures_stand() -> None:
-    assert without_marks("<image>\nIs it <image>? ") == ("Is it ?", (0, 6))
-    assert without_marks("What?") == ("What?", ())
-    assert without_marks("<image>") == ("", (0,))

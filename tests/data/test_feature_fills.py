@@ -4,7 +4,9 @@ import multiprocessing
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,11 +27,28 @@ from midstream.data import feature_store
 from midstream.data.feature_store import LOCKS, NUM_LOTS, FeatureStore
 from midstream.data.sources import Source
 
+FORK = multiprocessing.get_context("fork")
 
-def in_process(work: Callable[[], None]) -> "multiprocessing.process.BaseProcess":
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
+
+def exits(*works: Callable[[], None]) -> list[int | None]:
+    """How processes end that do these at the same time."""
+    processes = [FORK.Process(target=work) for work in works]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def waiting(barrier: Any, encode: Encode) -> Callable[[Tensor], Tensor]:
+    """The encoder, which begins when all ranks hold their first lots."""
+
+    def at_once(pixels: Tensor) -> Tensor:
+        if not encode.calls:
+            barrier.wait(60)
+        return encode(pixels)
+
+    return at_once
 
 
 def test_a_fill_that_is_killed_keeps_its_finished_parts_and_continues(
@@ -41,9 +60,7 @@ def test_a_fill_that_is_killed_keeps_its_finished_parts_and_continues(
     def dies() -> None:
         FeatureStore(folder, CONFIG, room).fill(talks, None, Encode(log, dies_at=2), quiet)
 
-    process = in_process(dies)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert exits(dies) == [-signal.SIGKILL]
     assert len(FeatureStore(folder, CONFIG)) == FILL_BATCH
     assert [path for path in folder.iterdir() if path.suffix == ".tmp"]
     store, encode = FeatureStore(folder, CONFIG, room), Encode()
@@ -125,29 +142,19 @@ def test_a_fill_goes_round_what_another_process_computes_and_takes_it_last(
     assert (len(said), stored_pictures(tmp_path)) == (1, NUM_PICTURES)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_compute_a_share_each_and_store_the_bytes_of_one_process(
-    tmp_path: Path, talks: Source, shown: list[int | None], num_ranks: int
+    tmp_path: Path, talks: Source, shown: list[int | None]
 ) -> None:
-    alone, folder = tmp_path / "alone", tmp_path / "store"
+    alone, folder, num_ranks = tmp_path / "alone", tmp_path / "store", 3
     FeatureStore(alone, CONFIG).fill(talks, None, Encode(), quiet)
-    together = multiprocessing.get_context("fork").Barrier(num_ranks)
+    barrier = FORK.Barrier(num_ranks)
 
     def fill(rank: int) -> None:
         store, encode = FeatureStore(folder, CONFIG), Encode(tmp_path / f"{rank}.log")
-
-        def at_once(pixels: Tensor) -> Tensor:
-            if not encode.calls:  # all of them hold their first lots
-                together.wait(60)
-            return encode(pixels)
-
-        store.fill(talks, None, at_once, quiet, share=(rank, num_ranks))
+        store.fill(talks, None, waiting(barrier, encode), quiet, share=(rank, num_ranks))
         assert len(store) == NUM_PICTURES
 
-    processes = [in_process(lambda rank=rank: fill(rank)) for rank in range(num_ranks)]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * num_ranks
+    assert exits(*(partial(fill, rank) for rank in range(num_ranks))) == [0] * num_ranks
     assert all((tmp_path / f"{rank}.log").is_file() for rank in range(num_ranks))
     assert features_of(folder) == features_of(alone)
     assert stored_pictures(folder) == NUM_PICTURES
@@ -158,22 +165,13 @@ def test_ranks_compute_a_share_each_and_store_the_bytes_of_one_process(
 def test_a_rank_that_is_killed_leaves_its_lots_to_the_others(tmp_path: Path, talks: Source) -> None:
     alone, folder = tmp_path / "alone", tmp_path / "store"
     FeatureStore(alone, CONFIG).fill(talks, None, Encode(), quiet)
-    together = multiprocessing.get_context("fork").Barrier(2)
+    barrier = FORK.Barrier(2)
 
     def fill(rank: int) -> None:
-        encode = Encode(dies_at=1 if rank else None)
+        encode = waiting(barrier, Encode(dies_at=1 if rank else None))
+        FeatureStore(folder, CONFIG).fill(talks, None, encode, quiet, share=(rank, 2))
 
-        def at_once(pixels: Tensor) -> Tensor:
-            if not encode.calls:
-                together.wait(60)
-            return encode(pixels)
-
-        FeatureStore(folder, CONFIG).fill(talks, None, at_once, quiet, share=(rank, 2))
-
-    processes = [in_process(lambda rank=rank: fill(rank)) for rank in range(2)]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    assert exits(*(partial(fill, rank) for rank in range(2))) == [0, -signal.SIGKILL]
     assert features_of(folder) == features_of(alone)
     assert not list(folder.glob(".*"))
 
@@ -181,18 +179,14 @@ def test_a_rank_that_is_killed_leaves_its_lots_to_the_others(tmp_path: Path, tal
 def test_processes_that_fill_at_the_same_time_compute_each_picture_once(
     tmp_path: Path, talks: Source, shown: list[int | None]
 ) -> None:
-    folder = tmp_path / "store"
+    folder, barrier = tmp_path / "store", FORK.Barrier(3)
     room = 2 * picture_bytes(CONFIG)
-    together = multiprocessing.get_context("fork").Barrier(3)
 
     def fill() -> None:
-        together.wait(60)
+        barrier.wait(60)
         FeatureStore(folder, CONFIG, room).fill(talks, None, Encode(), quiet)
 
-    processes = [in_process(fill) for _ in range(3)]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert exits(*[fill] * 3) == [0, 0, 0]
     # A part holds two pictures at most, and each is in one of them.
     assert stored_pictures(folder) == NUM_PICTURES
     check_all(FeatureStore(folder, CONFIG), talks, shown)

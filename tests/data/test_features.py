@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,21 +123,14 @@ def test_only_the_pictures_asked_for_are_computed(
     missing = next(n for n, picture in enumerate(shown) if picture not in wanted)
     with pytest.raises(ValueError, match=rf"sample {missing}: none of the .* fill the store"):
         store.read_many([(talks, missing, 0)])
+    with pytest.raises(ValueError, match="shows no picture"):
+        store.read_many([(talks, shown.index(None), 0)])
     # A store that is open already sees what another fills.
     FeatureStore(tmp_path, CONFIG).fill(talks, numbers(0, last), Encode(), quiet)
     check_all(store, talks, shown)
 
 
-def test_an_example_without_a_picture_has_no_features(
-    tmp_path: Path, talks: Source, shown: list[int | None]
-) -> None:
-    store = FeatureStore(tmp_path, CONFIG)
-    store.fill(talks, None, Encode(), quiet)
-    with pytest.raises(ValueError, match="shows no picture"):
-        store.read_many([(talks, shown.index(None), 0)])
-
-
-@pytest.mark.parametrize("pictures", [1, 3, FILL_BATCH, FILL_BATCH + 1])
+@pytest.mark.parametrize("pictures", [3, FILL_BATCH])
 def test_parts_are_no_larger_than_asked(
     tmp_path: Path, talks: Source, shown: list[int | None], pictures: int
 ) -> None:
@@ -185,12 +179,19 @@ def test_a_bfloat16_feature_keeps_eight_bits(seed: int) -> None:
     assert torch.equal(unpack(pack(features, WHOLE), WHOLE), features)
 
 
-def test_rounding_errors_are_measured_and_kept_with_the_store(
+SIZES = {"whole": 2**20, "apart": picture_bytes(CODED)}
+
+
+def measured(folder: Path, source: Source, part_bytes: int) -> Any:
+    """What is kept with a store whose parts have so many bytes."""
+    FeatureStore(folder, CODED, part_bytes).fill(source, None, Encode(), quiet)
+    return read_json(folder / "measured.json")
+
+
+def test_rounding_errors_are_measured_and_kept_with_the_store_whatever_its_parts(
     tmp_path: Path, talks: Source
 ) -> None:
-    store = FeatureStore(tmp_path, CODED)
-    store.fill(talks, None, Encode(), quiet)
-    found = read_json(tmp_path / "measured.json")
+    found, apart = (measured(tmp_path / name, talks, size) for name, size in SIZES.items())
     pixels = pixels_of(talks, range(NUM_PICTURES), CODED)
     raw = encode_raw(Encode(), pixels, CODED).double()
     assert not torch.equal(encode_fixed(Encode(), pixels, CODED).double(), raw)
@@ -201,26 +202,18 @@ def test_rounding_errors_are_measured_and_kept_with_the_store(
         assert entry["pictures"] == NUM_PICTURES
         assert entry["rms_error"] == pytest.approx(float(wrong.square().mean().sqrt() / rms))
         assert entry["max_error"] == pytest.approx(float(wrong.abs().max() / rms))
+        # Over smaller parts too.
+        assert apart[config.feature_dtype]["pictures"] == NUM_PICTURES
+        assert apart[config.feature_dtype]["rms_error"] == pytest.approx(entry["rms_error"])
     assert 0 < found["bfloat16"]["rms_error"] < found["int8"]["rms_error"] < 0.01
 
 
-def test_rounding_errors_are_measured_over_parts_that_are_smaller(
+def test_features_that_are_no_numbers_stop_the_fill_by_their_record(
     tmp_path: Path, talks: Source
 ) -> None:
-    FeatureStore(tmp_path / "a", CODED).fill(talks, None, Encode(), quiet)
-    FeatureStore(tmp_path / "b", CODED, picture_bytes(CODED)).fill(talks, None, Encode(), quiet)
-    whole, apart = (read_json(tmp_path / name / "measured.json") for name in "ab")
-    for dtype, entry in whole.items():
-        assert apart[dtype]["pictures"] == entry["pictures"] == NUM_PICTURES
-        assert apart[dtype]["rms_error"] == pytest.approx(entry["rms_error"])
-
-
-@pytest.mark.parametrize("config", [CONFIG, CODED, WHOLE], ids=["bfloat16", "int8", "float32"])
-def test_features_that_are_no_numbers_stop_the_fill_by_their_record(
-    tmp_path: Path, talks: Source, config: EncoderConfig
-) -> None:
-    with pytest.raises(ValueError, match=r"source 'talks', .*sample 2: .*not finite"):
-        FeatureStore(tmp_path, config).fill(talks, None, Breaks(), quiet)
+    for config in (CONFIG, CODED, WHOLE):
+        with pytest.raises(ValueError, match=r"source 'talks', .*sample 2: .*not finite"):
+            FeatureStore(tmp_path, config).fill(talks, None, Breaks(), quiet)
     assert parts(tmp_path) == []
 
 

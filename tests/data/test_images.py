@@ -90,7 +90,7 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
     resize=st.sampled_from(RESIZES),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_pictures_are_fitted_as_pillow_and_torchvision_do(
     width: int, height: int, size: int, resize: Any, seed: int
 ) -> None:
@@ -104,7 +104,7 @@ def test_pictures_are_fitted_as_pillow_and_torchvision_do(
 
 
 @given(width=st.integers(20, 90), height=st.integers(20, 90), resize=st.sampled_from(RESIZES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_even_noise_is_within_40_decibels_of_pillow(width: int, height: int, resize: Any) -> None:
     transform = ImageTransform(size=48, resize=resize)
     picture = Image.fromarray(noise(width, height))
@@ -149,7 +149,7 @@ def test_a_letterboxed_picture_lies_down_as_it_stands(width: int, height: int) -
     assert np.array_equal(lying.transpose(0, 2, 1), to_pixels(picture, LETTERBOX))
 
 
-@pytest.mark.parametrize("sides", [(MAX_SIDE, 1), (1, MAX_SIDE), (MAX_SIDE, 2), (999, 100)])
+@pytest.mark.parametrize("sides", [(MAX_SIDE, 1), (2, MAX_SIDE), (999, 100)])
 def test_a_strip_is_cropped_to_its_middle(sides: tuple[int, int]) -> None:
     longer, shorter = max(sides), min(sides)
     strip = np.zeros((shorter, longer, 3), dtype=np.uint8)
@@ -218,7 +218,7 @@ def jpegs(raw: np.ndarray) -> list[bytes]:
 JPEGS = jpegs(np.random.default_rng(1).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("sides", [(1, 1), (3, 2), (8, 8), (17, 31), (33, 64), (90, 75)])
+@pytest.mark.parametrize("sides", [(1, 1), (3, 2), (17, 31), (90, 75)])
 def test_every_kind_of_jpeg_has_the_same_bits_with_and_without_simplejpeg(
     sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,19 +294,19 @@ UPRIGHT = {
 }
 
 
-@pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_picture_is_turned_upright_once(orientation: int, file_format: str) -> None:
+def test_a_picture_is_turned_upright_once(file_format: str) -> None:
     picture = Image.fromarray(noise(6, 4))
     options = {"lossless": True} if file_format == "WEBP" else {}
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = saved(picture, file_format, exif=exif, **options)
     stored = np.asarray(decode(saved(picture, file_format, **options), "x"))
-    found = np.asarray(decode(data, "x"))
-    assert np.array_equal(found, UPRIGHT[orientation](stored))
-    expected = to_pixels(Image.fromarray(found), LETTERBOX)
-    assert np.array_equal(decode_pixels(data, "x", LETTERBOX), expected)
+    for orientation, turn in UPRIGHT.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = saved(picture, file_format, exif=exif, **options)
+        found = np.asarray(decode(data, "x"))
+        assert np.array_equal(found, turn(stored)), orientation
+        expected = to_pixels(Image.fromarray(found), LETTERBOX)
+        assert np.array_equal(decode_pixels(data, "x", LETTERBOX), expected)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -365,14 +365,11 @@ def test_a_cmyk_jpeg_has_its_colors() -> None:
         assert np.abs(np.asarray(decode(data, "x")).astype(int) - rgb).max() <= 6
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
-def test_a_16_bit_grey_picture_keeps_its_upper_bits(file_format: str) -> None:
+def test_a_16_bit_grey_picture_keeps_its_upper_bits_and_a_transparent_grey_becomes_white() -> None:
     grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
-    found = np.asarray(decode(saved(Image.fromarray(grey), file_format), "x"))
-    assert np.array_equal(found, np.repeat((grey >> 8)[..., None], 3, axis=2))
-
-
-def test_a_transparent_16_bit_grey_becomes_white() -> None:
+    for file_format in ("PNG", "TIFF"):
+        found = np.asarray(decode(saved(Image.fromarray(grey), file_format), "x"))
+        assert np.array_equal(found, np.repeat((grey >> 8)[..., None], 3, axis=2))
     grey = np.array([[0, 1000, 40_000]], dtype=np.uint16)
     data = saved(Image.fromarray(grey), "PNG", transparency=1000)
     assert np.asarray(decode(data, "x")).tolist() == [[[0] * 3, [255] * 3, [156] * 3]]
@@ -397,9 +394,8 @@ def test_a_cut_picture_is_refused_by_name(kept: float, file_format: str) -> None
 
 def test_a_png_with_a_large_profile_is_read() -> None:
     image = Image.fromarray(noise(4, 4))
-    stream = io.BytesIO()
-    image.save(stream, "PNG", icc_profile=bytes(2_000_000))
-    assert list(decode(stream.getvalue(), "a").getdata()) == list(image.getdata())
+    found = decode(saved(image, icc_profile=bytes(2_000_000)), "a")
+    assert np.array_equal(np.asarray(found), np.asarray(image))
 
 
 @pytest.mark.parametrize(
@@ -438,20 +434,22 @@ def test_lack_of_memory_is_not_the_fault_of_the_picture(monkeypatch: pytest.Monk
         decode_pixels(data, "x", LETTERBOX)
 
 
-@pytest.mark.parametrize("kind", ["whole", "cut", "changed", "grey", "CMYK", "turned"])
+@pytest.mark.parametrize("kind", ["whole", "grey", "CMYK", "turned"])
 def test_a_check_refuses_what_decoding_refuses(kind: str) -> None:
     random = np.random.default_rng(len(kind))
     pixels = random.integers(0, 255, (40, 56, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels).convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
-    stream = io.BytesIO()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6 if kind == "turned" else 1
-    picture.save(stream, "JPEG", quality=90, exif=exif)
-    data = stream.getvalue()
+    data = saved(picture, "JPEG", quality=90, exif=exif)
+    assert not refuses(check_decodes, data)
+    assert not refuses(decode, data)
+    if kind != "whole":
+        return
     for place in range(150, len(data), max(1, (len(data) - 150) // 40)):
         changed = data[:place] + bytes([random.integers(256)]) + data[place + 1 :]
-        tried = {"cut": data[:place], "changed": changed}.get(kind, data)
-        assert refuses(check_decodes, tried) == refuses(decode, tried), place
+        for tried in (data[:place], changed):
+            assert refuses(check_decodes, tried) == refuses(decode, tried), place
 
 
 def refuses(look: Callable[[bytes, str], object], data: bytes) -> bool:
@@ -463,8 +461,8 @@ def refuses(look: Callable[[bytes, str], object], data: bytes) -> bool:
 
 
 def test_photographs_are_within_50_decibels_of_pillow() -> None:
-    paths = sorted(Path(shared("vqa_official_samples")).rglob("*.jpg"))[:12]
-    assert len(paths) == 12
+    paths = sorted(Path(shared("vqa_official_samples")).rglob("*.jpg"))[:4]
+    assert len(paths) == 4
     for path in paths:
         picture = decode(path.read_bytes(), str(path))
         for turned in (picture, picture.transpose(Image.Transpose.ROTATE_90)):

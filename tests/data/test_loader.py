@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -97,7 +96,7 @@ def check_steps(steps: Sequence[Sequence[Batch]], expected: list[Row], first_row
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("first_row", [0, 8, 11])
+@pytest.mark.parametrize("first_row", [0, 11])
 def test_the_rows_of_a_step_are_the_same_for_every_number_of_ranks(
     dataset: RowDataset, rows: list[Row], world_size: int, first_row: int
 ) -> None:
@@ -117,7 +116,7 @@ def test_the_rows_of_a_step_are_the_same_for_every_number_of_ranks(
     assert all(b.counts == TokenCount() and len(b.images) == 0 for b in idle)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_ranks_that_look_at_pictures_get_alike_many_of_the_same_rows(
     tmp_path: Path, seed: int
 ) -> None:
@@ -160,14 +159,6 @@ def test_the_rows_of_a_step_are_the_same_for_every_micro_batch(
     steps = list(load_steps(dataset, first_row=0, micro_rows=micro_rows))
     assert all(0 < len(batch.input_ids) <= micro_rows for step in steps for batch in step)
     check_steps(steps, rows)
-
-
-def test_counts_by_source_add_up_to_the_plan(dataset: RowDataset) -> None:
-    steps = list(load_steps(dataset, first_row=0, micro_rows=3))
-    total = add_counts(batch.sources for step in steps for batch in step)
-    planned = {quota.name: quota.tokens for quota in dataset.plan.quotas}
-    assert {name: counts.seen for name, counts in total.items()} == planned
-    assert all(counts.pad == 0 for counts in total.values())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -216,8 +207,7 @@ class Consumer:
 def test_restoring_at_every_row_twice_in_a_row_gives_the_uninterrupted_sequence(
     tmp_path: Path, layout: Literal["filled", "padded"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (order_plan, order_plan):
-        monkeypatch.setattr(module, "BLOCK_ROWS", 6)
+    monkeypatch.setattr(order_plan, "BLOCK_ROWS", 6)
     sources = make_sources(tmp_path, 3, longest=28)
     budget = mixture(300, {"web": 0.4, "pics": 0.4, "talks": 0.2})
     plan = plan_rows(sources, PATCHES, budget, Rows(row_length=32, batch_rows=4, layout=layout), 1)
@@ -238,12 +228,9 @@ def test_restoring_at_every_row_twice_in_a_row_gives_the_uninterrupted_sequence(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "first_row"), [(1, 8), (3, 11)])
-def test_worker_processes_load_the_same_rows(
-    dataset: RowDataset, rows: list[Row], workers: int, first_row: int
-) -> None:
-    steps = list(load_steps(dataset, first_row=first_row, micro_rows=3, workers=workers))
-    check_steps(steps, rows, first_row)
+def test_worker_processes_load_the_same_rows(dataset: RowDataset, rows: list[Row]) -> None:
+    steps = list(load_steps(dataset, first_row=11, micro_rows=3, workers=2))
+    check_steps(steps, rows, 11)
 
 
 def test_loading_leaves_the_global_generators_alone(dataset: RowDataset) -> None:
@@ -290,12 +277,3 @@ def test_pictures_that_do_not_match_the_rows_are_refused(dataset: RowDataset) ->
     fewer = RowDataset(dataset.plan, dataset.sources, PATCHES, Fewer())
     with pytest.raises(ValueError, match=r"rows hold \d+ images, \d+ were given"):
         list(load_steps(fewer, first_row=0, micro_rows=8))
-
-
-def test_larger_steps_hold_the_same_rows(dataset: RowDataset, rows: list[Row]) -> None:
-    plan = replace(dataset.plan, rows=dataset.plan.rows.model_copy(update={"batch_rows": 11}))
-    other = RowDataset(plan, dataset.sources, PATCHES, Pictures())
-    steps = list(load_steps(other, first_row=0, micro_rows=4))
-    assert len(steps) == -(-len(rows) // 11)
-    for step, batches in enumerate(steps):
-        check(batches, rows[step * 11 : (step + 1) * 11])

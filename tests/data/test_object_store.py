@@ -129,20 +129,15 @@ def test_a_shard_of_a_bucket_that_changed_is_refused_by_name(
     assert Source("s", tmp_path / "out").image_bytes(0) == png(50)
 
 
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
+def test_a_bucket_and_a_key_that_are_not_there_are_named(bucket: Bucket) -> None:
+    for address, message in (
         ("s3://bucket/none/part-0.tar", r"part-0\.tar is no file, folder or pattern"),
         ("s3://bucket/none/part-*.tar", r"part-\*\.tar is no file, folder or pattern"),
         ("s3://none/part-0.tar", "there is no bucket s3://none; correct its name"),
         ("s3://none/part-*.tar", r"part-\*\.tar does not exist .*bucket does not exist"),
-    ],
-)
-def test_a_bucket_and_a_key_that_are_not_there_are_named(
-    bucket: Bucket, address: str, message: str
-) -> None:
-    with pytest.raises(FileNotFoundError, match=message):
-        find_files(address, (".tar",))
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            find_files(address, (".tar",))
 
 
 def test_credentials_that_lack_or_are_refused_are_named_once(

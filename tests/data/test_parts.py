@@ -29,8 +29,7 @@ PLACES = [[0, 3], [], [2], [1, 2, 5], [0]]
 # At rest.
 
 
-@pytest.mark.parametrize("shards", [1, 2, 5])
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("shards", "joined"), [(1, False), (2, True), (5, False), (5, True)])
 def test_pictures_of_examples_are_read_back_by_example_and_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, joined: bool
 ) -> None:
@@ -100,7 +99,7 @@ def test_features_and_views_are_those_of_each_picture(tmp_path: Path) -> None:
 # In rows.
 
 
-def test_planned_tokens_are_realised_to_the_token_in_300_mixtures(tmp_path: Path) -> None:
+def test_planned_tokens_are_realised_to_the_token_in_100_mixtures(tmp_path: Path) -> None:
     worlds = []
     for seed in range(4):
         base = tmp_path / str(seed)
@@ -110,7 +109,7 @@ def test_planned_tokens_are_realised_to_the_token_in_300_mixtures(tmp_path: Path
             sources[name] = drawn_documents(base, name, 9 * seed + number, 15, longest=60)
         worlds.append(sources)
     random, num_cut, num_pictures = np.random.default_rng(5), 0, 0
-    for turn in range(300):
+    for turn in range(100):
         sources = worlds[turn % 4]
         pages = f"pages{int(random.integers(2))}"
         names = [pages, *(n for n in ("web", "pics", "talks") if random.integers(2))]
@@ -164,8 +163,8 @@ def test_planned_tokens_are_realised_to_the_token_in_300_mixtures(tmp_path: Path
                 for example in np.flatnonzero(views).tolist():
                     each = int(lengths.of(np.array([example]))[0])
                     assert pieces[number, example] == views[example] * each
-    assert num_cut > 100
-    assert num_pictures > 1000
+    assert num_cut > 30
+    assert num_pictures > 300
 
 
 def check_cut(whole: list[Position], at: int) -> None:
@@ -235,9 +234,8 @@ def test_what_no_row_holds_is_refused_before_rows_are_planned(tmp_path: Path) ->
     assert build_row(plan, one, 0, 4).counts == TokenCount(interleaved=16, image=8, target=14)
 
 
-@pytest.mark.parametrize("row_length", range(8, 40))
 def test_talks_with_several_pictures_are_cut_behind_the_last_reply_that_fits(
-    tmp_path: Path, row_length: int
+    tmp_path: Path,
 ) -> None:
     places = [[0, 1, 10], [5], [0, 12]]
     turn = [0, 0, 0, 1, 1]
@@ -245,27 +243,33 @@ def test_talks_with_several_pictures_are_cut_behind_the_last_reply_that_fits(
     lengths = [len(marks) for marks in learnt]
     source = make_documents(tmp_path, "t", places, lengths, kind="instruct", learnt=learnt)
     one, budget = {"t": source}, Epochs(sources=("t",), epochs=1)
-    plan = plan_rows(one, PATCHES, budget, Rows(row_length=row_length, batch_rows=2), 0, "cut")
-    for k in range(len(plan)):
-        row = build_row(plan, one, k, PATCHES)
-        for placed in plan.layout.row(k):
-            whole = positions_of(source, placed.example, PATCHES)
-            marks = learnt[placed.example]
-            ends = [
-                at + 1
-                for at, (this, following) in enumerate(pairwise(whole))
-                if this[0] == "token"
-                and marks[this[1]]
-                and not (following[0] == "token" and marks[following[1]])
-            ]
-            fitting = [end for end in (*ends, len(whole)) if end <= row_length]
-            room = min(row_length, len(whole))
-            while room and whole[room - 1][0] == "picture":
-                room -= 1
-            assert placed.length == (fitting[-1] if fitting else room)
-            ids, targets, _ = row_of(source, placed, PATCHES)
-            here = slice(placed.column, placed.column + placed.length)
-            assert (row.input_ids[here].tolist(), row.targets[here].tolist()) == (ids, targets)
+    for row_length in range(8, 40):
+        rows = Rows(row_length=row_length, batch_rows=2)
+        plan = plan_rows(one, PATCHES, budget, rows, 0, "cut")
+        for k in range(len(plan)):
+            row = build_row(plan, one, k, PATCHES)
+            for placed in plan.layout.row(k):
+                whole = positions_of(source, placed.example, PATCHES)
+                assert placed.length == fitting(whole, learnt[placed.example], row_length)
+                ids, targets, _ = row_of(source, placed, PATCHES)
+                here = slice(placed.column, placed.column + placed.length)
+                assert (row.input_ids[here].tolist(), row.targets[here].tolist()) == (ids, targets)
+
+
+def fitting(whole: list[Position], marks: list[int], room: int) -> int:
+    """Positions up to the end of the last reply within `room`, else all but a part of a picture."""
+    ends = [
+        at + 1
+        for at, (this, following) in enumerate(pairwise(whole))
+        if this[0] == "token"
+        and marks[this[1]]
+        and not (following[0] == "token" and marks[following[1]])
+    ]
+    within = [end for end in (*ends, len(whole)) if end <= room]
+    room = min(room, len(whole))
+    while room and whole[room - 1][0] == "picture":
+        room -= 1
+    return within[-1] if within else room
 
 
 def test_shares_by_sequences_count_documents(tmp_path: Path) -> None:

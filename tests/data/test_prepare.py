@@ -2,14 +2,14 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from made import supervised
-from made_inputs import run, times
+from made_inputs import as_parquet, run, times
 from made_world import (
     CAPTIONS,
     TALKS,
@@ -17,10 +17,8 @@ from made_world import (
     TRAINED,
     jpeg,
     prepared,
-    samples,
     world_of,
     write_talks,
-    write_tar,
     write_world,
 )
 
@@ -28,7 +26,7 @@ from inputs import png
 from midstream.config import PocketWorld, TokenizerFile, TrainedTokenizer
 from midstream.core.identity import file_sha256, folder_fingerprint, world_fingerprint
 from midstream.core.storage import verify
-from midstream.data.examples import END_OF_TEXT
+from midstream.data.examples import END_OF_TEXT, TextCodec
 from midstream.data.formats.records import Section
 from midstream.data.prepare import open_codec, prepare_world
 from midstream.data.sources import Source
@@ -46,6 +44,37 @@ def root(tmp_path: Path) -> Path:
     """A tiny world."""
     write_world(tmp_path / "my data")
     return tmp_path / "my data"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder of prepared sources, and what was said of them."""
+
+    out: Path
+    results: dict[str, Any]
+
+    @property
+    def codec(self) -> TextCodec:
+        return open_codec(self.out)
+
+    @property
+    def tokenizer(self) -> TokenizerFile:
+        return tokenizer_of(self.out)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The same world, prepared elsewhere; it is only read."""
+    base = tmp_path_factory.mktemp("first")
+    write_world(base / "my data")
+    return Prepared(base / "out", prepared(base / "my data", base / "out"))
+
+
+@pytest.fixture
+def begins(first: Prepared, tmp_path: Path) -> Path:
+    """The file of its tokenizer with a rule of its own of what begins a text."""
+    first.codec.beginning_with(END_OF_TEXT).tokenizer.save(str(tmp_path / "begins.json"))
+    return tmp_path / "begins.json"
 
 
 def tokenizer_of(out: Path) -> TokenizerFile:
@@ -104,57 +133,51 @@ def test_a_folder_is_indexed_from_end_to_end(root: Path, tmp_path: Path) -> None
         assert "<image>" not in codec.decode(ids.tolist())
 
 
-def test_preparing_twice_elsewhere_gives_the_same_results(root: Path, tmp_path: Path) -> None:
-    one, two = (prepared(root, tmp_path / name) for name in ("one", "two"))
-    assert one == two
-
-
-def test_a_named_tokenizer_file_is_used_and_kept(root: Path, tmp_path: Path) -> None:
-    one = prepared(root, tmp_path / "one")
+def test_preparing_twice_elsewhere_gives_the_same_results_with_a_named_tokenizer_file_too(
+    root: Path, tmp_path: Path, first: Prepared
+) -> None:
+    assert prepared(root, tmp_path / "again") == first.results
     path = tmp_path / "mine.json"
-    shutil.copy(tmp_path / "one/tokenizer.json", path)
-    two = prepared(root, tmp_path / "two", TokenizerFile(path=path, sha256=file_sha256(path)))
+    shutil.copy(first.out / "tokenizer.json", path)
+    named = prepared(root, tmp_path / "named", TokenizerFile(path=path, sha256=file_sha256(path)))
     path.unlink()
-    assert two == one
-    assert open_codec(tmp_path / "two").encode(TEXTS[3]) == open_codec(tmp_path / "one").encode(
-        TEXTS[3]
-    )
+    assert named == first.results
+    assert open_codec(tmp_path / "named").encode(TEXTS[3]) == first.codec.encode(TEXTS[3])
 
 
 def test_examples_begin_as_the_study_says_whatever_the_tokenizers_own_rule(
-    root: Path, tmp_path: Path
+    root: Path, tmp_path: Path, first: Prepared, begins: Path
 ) -> None:
-    plain = prepared(root, tmp_path / "plain")
-    path = tmp_path / "begins.json"
-    begins = open_codec(tmp_path / "plain").beginning_with(END_OF_TEXT)
-    begins.tokenizer.save(str(path))
-    silent = TokenizerFile(path=path, sha256=file_sha256(path))
+    silent = TokenizerFile(path=begins, sha256=file_sha256(begins))
     with pytest.raises(
         ValueError, match=r"begins each text with '<\|endoftext\|>' by its own rule"
     ):
         prepared(root, tmp_path / "silent", silent)
-    one = prepared(root, tmp_path / "one", TokenizerFile.read(path))
-    none = prepared(root, tmp_path / "none", TokenizerFile.read(path, "none"))
-    for name, counts in plain["sources"].items():
+    one = prepared(root, tmp_path / "one", TokenizerFile.read(begins))
+    none = prepared(root, tmp_path / "none", TokenizerFile.read(begins, "none"))
+    end_of_text = first.codec.end_of_text
+    for name, counts in first.results["sources"].items():
         assert none["sources"][name]["num_tokens"] == counts["num_tokens"]
         more = one["sources"][name]["num_tokens"] - counts["num_tokens"]
         assert more == counts["num_examples"]
-        first, second, without = (
-            open_sources(world_of(root), tmp_path / out)[name] for out in ("one", "plain", "none")
+        begun, plain, without = (
+            open_sources(world_of(root), out)[name]
+            for out in (tmp_path / "one", first.out, tmp_path / "none")
         )
-        assert first.input_ids(0).tolist() == [begins.end_of_text, *second.input_ids(0)]
-        assert without.input_ids(0).tolist() == second.input_ids(0).tolist()
-        assert (first.begin_of_text, without.begin_of_text) == (begins.end_of_text, None)
-    assert open_codec(tmp_path / "one").begin_of_text == begins.end_of_text
+        assert begun.input_ids(0).tolist() == [end_of_text, *plain.input_ids(0)]
+        assert without.input_ids(0).tolist() == plain.input_ids(0).tolist()
+        assert (begun.begin_of_text, without.begin_of_text) == (end_of_text, None)
+    assert open_codec(tmp_path / "one").begin_of_text == end_of_text
     assert open_codec(tmp_path / "none").begin_of_text is None
 
 
 def test_each_text_source_is_read_from_the_column_that_the_world_names(
     root: Path, tmp_path: Path
 ) -> None:
-    table = pa.table({"content": ["def one(): pass", "two = 2"], "path": ["a.py", "b.py"]})
+    codes = {"a.py": "def one(): pass", "b.py": "two = 2"}
     (root / "text/code").mkdir()
-    pq.write_table(table, root / "text/code/0.parquet")
+    table = as_parquet([{"content": code, "path": path} for path, code in codes.items()])
+    (root / "text/code/0.parquet").write_bytes(table)
     with pytest.raises(ValueError, match=r"no column 'text'; .*, one of \['content', 'path'\]"):
         prepared(root, tmp_path / "none")
     said = {"text": {"code": {"column": "content"}}}
@@ -188,22 +211,10 @@ def test_a_folder_may_lack_a_kind_of_source(root: Path, tmp_path: Path, lost: st
     assert len(prepared(root, tmp_path / "out")["sources"]) == 2
 
 
-def test_rejects_under_a_folders_limit_are_counted_and_the_rest_is_prepared(
-    root: Path, tmp_path: Path
+def test_a_share_of_every_source_may_be_held_out(
+    root: Path, tmp_path: Path, first: Prepared
 ) -> None:
-    found = samples(0, CAPTIONS[:3]) | {"00009.txt": b"nothing to see"}
-    write_tar(root / "captions/pics/000.tar", found)
-    with pytest.raises(ValueError, match=r"(?s)1 of 6 records .* sample 00009: no picture"):
-        prepared(root, tmp_path / "strict")
-    world = world_of(root, max_reject_fraction=0.2)
-    results = prepare(world, TRAINED, tmp_path / "out")
-    assert results["sources"]["pics"]["rejects"] == {"no picture": 1}
-    assert results["sources"]["pics"]["records"] == 6
-    assert len(open_sources(world, tmp_path / "out")["pics"]) == 5
-
-
-def test_a_share_of_every_source_may_be_held_out(root: Path, tmp_path: Path) -> None:
-    whole = prepared(root, tmp_path / "whole")["sources"]["web"]
+    whole = first.results["sources"]["web"]
     world = world_of(root, validation_fraction=0.4)
     results = prepare(world, TRAINED, tmp_path / "out")
     web = results["sources"]["web"]
@@ -223,22 +234,18 @@ def test_a_generated_world_is_written_anew_where_another_lies(tmp_path: Path) ->
     )
 
 
-@pytest.mark.parametrize("source", ["web", "pictures", "talks", "alt_texts"])
-def test_a_generated_source_follows_from_its_own_part_of_the_world(
-    tmp_path: Path, source: str
-) -> None:
+def test_a_generated_source_follows_from_its_own_part_of_the_world(tmp_path: Path) -> None:
     numbers = {**PocketWorld.SOURCES, "bench": "num_questions", "text": "num_text_items"}
-    sizes = dict.fromkeys(numbers.values(), 12)
-    one = PocketWorld(**sizes)
-    others = {name: 13 for key, name in numbers.items() if key != source}
-    two = one.model_copy(update=others)
-    assert one.source_part(source) == two.source_part(source)
-    folders = []
-    for number, world in enumerate((one, two)):
-        prepare_world(world, tmp_path / str(number))
+    one = PocketWorld(**dict.fromkeys(numbers.values(), 12))
+    prepare_world(one, tmp_path / "one")
+    for source in ("web", "pictures", "talks", "alt_texts"):
+        others = {name: 13 for key, name in numbers.items() if key != source}
+        two = one.model_copy(update=others)
+        assert one.source_part(source) == two.source_part(source)
+        prepare_world(two, tmp_path / source)
         section = {"web": "text", "talks": "instruct"}.get(source, "captions")
-        folders.append(tmp_path / str(number) / "world" / section / source)
-    assert folder_fingerprint(folders[0]) == folder_fingerprint(folders[1])
+        folders = [tmp_path / out / "world" / section / source for out in ("one", source)]
+        assert folder_fingerprint(folders[0]) == folder_fingerprint(folders[1])
 
 
 def replace_by_prepared(root: Path, tmp_path: Path, names: list[str], tokenizer: Path) -> None:
@@ -250,22 +257,20 @@ def replace_by_prepared(root: Path, tmp_path: Path, names: list[str], tokenizer:
         run(SECTIONS[name], moved, root / name, tokenizer_file=tokenizer)
 
 
-@pytest.mark.parametrize("names", [["text/web"], ["captions/pics", "instruct/talks"], [*SECTIONS]])
+@pytest.mark.parametrize("names", [["captions/pics", "instruct/talks"], [*SECTIONS]])
 def test_sources_prepared_before_are_taken_as_they_are(
-    root: Path, tmp_path: Path, names: list[str]
+    root: Path, tmp_path: Path, first: Prepared, names: list[str]
 ) -> None:
-    first = prepared(root, tmp_path / "first")
-    sources = open_sources(world_of(root), tmp_path / "first")
+    sources = open_sources(world_of(root), first.out)
     expected = {
         name: [source.input_ids(n).tolist() for n in range(len(source))]
         for name, source in sources.items()
     }
-    tokenizer = tokenizer_of(tmp_path / "first")
-    replace_by_prepared(root, tmp_path, names, tokenizer.path)
+    replace_by_prepared(root, tmp_path, names, first.tokenizer.path)
     before = {name: times(root / name) for name in names}
-    second = prepared(root, tmp_path / "second", tokenizer)
+    second = prepared(root, tmp_path / "second", first.tokenizer)
     assert before == {name: times(root / name) for name in names}
-    for name, summary in first["sources"].items():
+    for name, summary in first.results["sources"].items():
         for key in ("kind", "num_examples", "num_tokens", "num_images", "records", "rejects"):
             assert second["sources"][name][key] == summary[key]
     found = open_sources(world_of(root), tmp_path / "second")
@@ -281,19 +286,19 @@ def test_sources_prepared_before_are_taken_as_they_are(
 
 @pytest.mark.parametrize("size", [290, 300])
 def test_a_source_prepared_with_another_tokenizer_is_refused_with_both(
-    root: Path, tmp_path: Path, size: int
+    root: Path, tmp_path: Path, first: Prepared, size: int
 ) -> None:
-    for vocab_size in (300, 290):
-        tokenizer = TrainedTokenizer(vocab_size=vocab_size)
-        prepare(world_of(root), tokenizer, tmp_path / str(vocab_size))
-    one, two = (tokenizer_of(tmp_path / name) for name in ("300", "290"))
-    if size == 300:
+    one, other = first.tokenizer, tmp_path / "other"
+    if size == 290:
+        prepare(world_of(root), TrainedTokenizer(vocab_size=size), other)
+    else:
+        other.mkdir()
         # As many ids, two of them exchanged.
         found = json.loads(one.path.read_text())
         vocab = found["model"]["vocab"]
         vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-        two.path.write_text(json.dumps(found))
-        two = tokenizer_of(tmp_path / "290")
+        (other / "tokenizer.json").write_text(json.dumps(found))
+    two = tokenizer_of(other)
     replace_by_prepared(root, tmp_path, ["captions/pics"], one.path)
     message = rf"'pics' in .* {one.sha256} of 300 ids, the plan has \w+ of {size}; prepare it"
     with pytest.raises(ValueError, match=message) as caught:
@@ -306,13 +311,10 @@ def test_a_source_prepared_with_another_tokenizer_is_refused_with_both(
 
 
 def test_a_source_whose_examples_begin_otherwise_is_refused_with_both_beginnings(
-    root: Path, tmp_path: Path
+    root: Path, tmp_path: Path, begins: Path
 ) -> None:
-    prepared(root, tmp_path / "first")
-    path = tmp_path / "begins.json"
-    open_codec(tmp_path / "first").beginning_with(END_OF_TEXT).tokenizer.save(str(path))
-    replace_by_prepared(root, tmp_path, ["captions/pics"], path)
-    prepared(root, tmp_path / "same", TokenizerFile.read(path))
+    replace_by_prepared(root, tmp_path, ["captions/pics"], begins)
+    prepared(root, tmp_path / "same", TokenizerFile.read(begins))
     # As a version that knew of no beginning left it.
     index = root / "captions/pics/source.json"
     found = json.loads(index.read_text())
@@ -320,26 +322,18 @@ def test_a_source_whose_examples_begin_otherwise_is_refused_with_both_beginnings
     index.write_text(json.dumps(found))
     message = r"source 'pics' in .* begin with no token, .* '<\|endoftext\|>'; prepare it again"
     with pytest.raises(ValueError, match=message):
-        prepared(root, tmp_path / "other", TokenizerFile.read(path))
+        prepared(root, tmp_path / "other", TokenizerFile.read(begins))
 
 
-def test_a_prepared_source_among_those_of_another_kind_is_refused(
-    root: Path, tmp_path: Path
+def test_a_prepared_source_that_is_not_whole_or_lies_among_another_kind_is_refused(
+    root: Path, tmp_path: Path, first: Prepared
 ) -> None:
-    prepared(root, tmp_path / "first")
-    tokenizer = tokenizer_of(tmp_path / "first")
+    tokenizer = first.tokenizer
     replace_by_prepared(root, tmp_path, ["captions/pics"], tokenizer.path)
     shutil.move(root / "captions/pics", root / "text/pics")
     with pytest.raises(ValueError, match="text/pics is prepared as caption and lies among"):
         prepared(root, tmp_path / "out", tokenizer)
-
-
-def test_a_prepared_source_that_is_not_whole_is_refused_before_it_is_used(
-    root: Path, tmp_path: Path
-) -> None:
-    prepared(root, tmp_path / "first")
-    tokenizer = tokenizer_of(tmp_path / "first")
-    replace_by_prepared(root, tmp_path, ["captions/pics"], tokenizer.path)
+    shutil.move(root / "text/pics", root / "captions/pics")
     made = root / "captions/pics"
     tokens = made / "shards/000000/tokens.bin"
     data = tokens.read_bytes()
@@ -359,10 +353,9 @@ def test_a_prepared_source_that_is_not_whole_is_refused_before_it_is_used(
 
 
 def test_the_fingerprint_of_a_world_reads_no_byte_of_a_prepared_source(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, first: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared(root, tmp_path / "first")
-    replace_by_prepared(root, tmp_path, ["captions/pics"], tokenizer_of(tmp_path / "first").path)
+    replace_by_prepared(root, tmp_path, ["captions/pics"], first.tokenizer.path)
     read: list[Path] = []
 
     def note(path: str | Path) -> str:

@@ -1,14 +1,12 @@
 """`midstream prepare documents`, and documents as a source of a world."""
 
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from made_inputs import OPTIONS, contents, run, tokenizer_file
 
 from inputs import png
@@ -95,25 +93,28 @@ def test_documents_are_prepared_with_their_pictures_in_place(tmp_path: Path) -> 
         assert done["shards"] == shards
 
 
-@pytest.mark.parametrize(
-    ("lost", "kept", "left_out"),
-    [
-        ("picture", ["z\n\na\n\nb", 1, "c"], {"picture cannot be decoded": 1}),
-        ("text", ["z", 1, "c"], {"picture cannot be decoded": 1, "text beside a lost picture": 2}),
-        ("document", None, {}),
-    ],
-)
 def test_a_picture_that_cannot_be_decoded_is_lost_as_one_that_is_not_there(
-    tmp_path: Path, lost: Any, kept: list[Any] | None, left_out: dict[str, int]
+    tmp_path: Path,
 ) -> None:
     write_pages(tmp_path / "in", [["z", "a", 91, "b", 1, "c"], ["d", 2], [92, "all are lost"]])
-    options, out = replace(OPTIONS, lost=lost), tmp_path / "out"
+    undecoded, codec = "picture cannot be decoded", TextCodec.from_file(tokenizer_file())
+    beside = {undecoded: 1, "text beside a lost picture": 2}
+    expected: dict[Any, tuple[list[Any], int, dict[str, int]]] = {
+        "picture": ([["z\n\na\n\nb", 1, "c"], ["d", 2]], 1, {undecoded: 1}),
+        "text": ([["z", 1, "c"], ["d", 2]], 1, beside),
+        "document": ([["d", 2]], 2, {}),
+    }
+    for lost, (kept, rejects, left_out) in expected.items():
+        options, out = replace(OPTIONS, lost=lost), tmp_path / lost
+        done = run("documents", tmp_path / "in", out, options=options, max_reject_fraction=0.9)
+        source = Source("pages", out)
+        assert [words_of(source, codec, n) for n in range(len(source))] == kept
+        assert (done["rejects"], done["dropped_turns"]) == ({undecoded: rejects}, left_out)
+    # Documents that are too long are rejects with both numbers.
+    options, out = replace(OPTIONS, max_tokens=9), tmp_path / "short"
     done = run("documents", tmp_path / "in", out, options=options, max_reject_fraction=0.9)
-    source, codec = Source("pages", out), TextCodec.from_file(tokenizer_file())
-    expected = [["d", 2]] if kept is None else [kept, ["d", 2]]
-    assert [words_of(source, codec, n) for n in range(len(source))] == expected
-    assert done["rejects"] == {"picture cannot be decoded": 1 + (kept is None)}
-    assert done["dropped_turns"] == left_out
+    assert done["rejects"] == {"too many tokens": 1, undecoded: 1}
+    assert "10, the limit is 9" in (out / "rejects.jsonl").read_text()
 
 
 def test_sentences_around_a_picture_that_cannot_be_decoded_are_joined_as_others(
@@ -126,14 +127,6 @@ def test_sentences_around_a_picture_that_cannot_be_decoded_are_joined_as_others(
     run("documents", tmp_path / "in", tmp_path / "out")
     source, codec = Source("pages", tmp_path / "out"), TextCodec.from_file(tokenizer_file())
     assert words_of(source, codec, 0) == ["One. Two.", 1, "Three."]
-
-
-def test_too_long_documents_are_rejects_with_both_numbers(tmp_path: Path) -> None:
-    write_pages(tmp_path / "in", [["a" * 30, 1], ["b", 2]])
-    options, out = replace(OPTIONS, max_tokens=20), tmp_path / "out"
-    done = run("documents", tmp_path / "in", out, options=options, max_reject_fraction=0.5)
-    assert done["rejects"] == {"too many tokens": 1}
-    assert "32, the limit is 20" in (out / "rejects.jsonl").read_text()
 
 
 def test_documents_of_a_world_are_a_source_of_its_own_kind(tmp_path: Path) -> None:
@@ -191,12 +184,3 @@ def test_what_was_missing_is_looked_for_again_and_no_shard_is_made_anew_for_noth
     assert again["shards"] == {"kept": 1, "new": 1}
     assert again["dropped_turns"] == {}
     assert again["train"]["images"] == 4
-
-
-def test_an_archive_of_lines_is_read_and_is_no_unread_file(tmp_path: Path) -> None:
-    write_pages(tmp_path / "in", PAGES[:2])
-    with zipfile.ZipFile(tmp_path / "in/pages.jsonl.zip", "w") as archive:
-        archive.write(tmp_path / "in/pages.jsonl", "pages.jsonl")
-    (tmp_path / "in/pages.jsonl").unlink()
-    done = run("documents", tmp_path / "in", tmp_path / "out")
-    assert (done["train"]["images"], done["unread"]["files"]) == (4, 0)

@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,56 +37,49 @@ def huge_png(side: int) -> bytes:
     return found
 
 
-PICTURES: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "zero-byte picture"),
-    "a web page": (b"<html>404</html>" * 9, UNDECODED),
-    "a JPEG cut in its header": (jpeg(1)[:100], UNDECODED),
-    "a JPEG cut in its pixels": (jpeg(1)[:-60], UNDECODED),
-    "a PNG cut in its pixels": (png(1, (64, 64))[:5000], UNDECODED),
-    "80 megapixels in 20 kB": (huge_png(8960), UNDECODED),
-}
+def bad_pictures() -> list[tuple[bytes, str]]:
+    """What is none, and why."""
+    return [
+        (b"", "zero-byte picture"),
+        (b"<html>404</html>" * 9, UNDECODED),
+        # A JPEG cut in its header, and in its pixels; a PNG cut in its pixels; 80 megapixels.
+        (jpeg(1)[:100], UNDECODED),
+        (jpeg(1)[:-60], UNDECODED),
+        (png(1, (64, 64))[:5000], UNDECODED),
+        (huge_png(8960), UNDECODED),
+    ]
 
 
-def test_a_picture_at_an_address_is_a_reject_and_nothing_is_asked_for_it(tmp_path: Path) -> None:
-    good, bad = TALKS[0], TALKS[0] | {"image": "https://nowhere.example/a b.png"}
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / str(good["image"])).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "in" / str(good["image"])).write_bytes(png(1))
-    (tmp_path / "in/a.json").write_text(json.dumps([good, bad]))
-    done = run("conversations", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.5)
-    assert done["rejects"] == {"missing picture": 1}
-
-
-@pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("section", ["captions", "conversations"])
-def test_a_picture_that_is_none_is_counted_and_named(
-    tmp_path: Path, name: str, section: Any
-) -> None:
-    data, reason = PICTURES[name]
+def test_pictures_that_are_none_are_counted_and_named(tmp_path: Path, section: Any) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
+    bad, reasons = zip(*bad_pictures(), strict=True)
     if section == "captions":
-        good = samples(0, [f"picture {n}" for n in range(6)])
-        bad = {"00002x.jpg": data, "00002x.txt": b"bad"}
-        write_tar(source / "a.tar", dict(sorted((good | bad).items())))
-        place = "in/a.tar, sample 00002x"
+        members = samples(0, [f"picture {n}" for n in range(len(bad))])
+        for number, data in enumerate(bad):
+            members |= {f"{number:05d}x.jpg": data, f"{number:05d}x.txt": b"bad"}
+        write_tar(source / "a.tar", dict(sorted(members.items())))
+        places = [f"in/a.tar, sample {number:05d}x" for number in range(len(bad))]
     else:
         source.mkdir()
-        records = []
-        for number in range(7):
-            (source / f"{number}.png").write_bytes(data if number == 2 else png(number))
-            records.append(TALKS[0] | {"id": number, "image": f"{number}.png"})
+        for number, data in enumerate(x for pair in enumerate(bad) for x in pair):
+            (source / f"{number}.png").write_bytes(png(data) if isinstance(data, int) else data)
+        records = [TALKS[0] | {"id": n, "image": f"{n}.png"} for n in range(2 * len(bad))]
         (source / "llava.json").write_text(json.dumps(records))
-        place = "in/llava.json, record 2 ('2')"
-    found = run(section, source, out, max_reject_fraction=0.2)
-    assert (found["records"], found["rejects"]) == (7, {reason: 1})
-    assert [(item["where"], item["reason"]) for item in listed(out)] == [(place, reason)]
+        places = [f"in/llava.json, record {n} ('{n}')" for n in range(1, 2 * len(bad), 2)]
+    found = run(section, source, out, max_reject_fraction=0.5)
+    assert (found["records"], found["rejects"]) == (2 * len(bad), Counter(reasons))
+    told = list(zip(places, reasons, strict=True))
+    assert [(item["where"], item["reason"]) for item in listed(out)] == told
     prepared = Source("s", out)
-    for example in range(6):
+    for example in range(len(bad)):
         decode(prepared.image_bytes(example), "here")
-    with pytest.raises(ValueError, match=r"(?s)1 of 7 records") as caught:
+    with pytest.raises(ValueError, match=r"(?s)6 of 12 records") as caught:
         run(section, source, out)
-    assert f"    {place}: {reason}" in str(caught.value)
-    assert f"1 x {reason}: fetch them again" in str(caught.value)
+    for place, reason in told[:4]:
+        assert f"    {place}: {reason}" in str(caught.value)
+    for reason, number in Counter(reasons).items():
+        assert f"{number} x {reason}: fetch them again" in str(caught.value)
 
 
 def test_a_picture_that_comes_or_is_mended_later_is_taken_by_the_next_run(tmp_path: Path) -> None:
@@ -134,8 +128,10 @@ def test_a_jpeg_with_other_bytes_that_still_decodes_is_named_when_it_is_read_aga
     assert Source("pics", out).image_bytes(1) == path.read_bytes() != whole
 
 
-@pytest.mark.parametrize("bad", [0, 1, 3, 20])
-@pytest.mark.parametrize("limit", [0.0, 0.05, 0.15, 1.0])
+@pytest.mark.parametrize(
+    ("bad", "limit"),
+    [(0, 0.0), (1, 0.0), (1, 0.05), (3, 0.05), (3, 0.15), (20, 0.15), (3, 1.0), (20, 1.0)],
+)
 def test_the_limit_is_a_share_of_the_records_and_going_over_it_ends_with_the_list(
     tmp_path: Path, bad: int, limit: float
 ) -> None:
@@ -160,7 +156,10 @@ def test_the_limit_is_a_share_of_the_records_and_going_over_it_ends_with_the_lis
             assert named == (number < 3)
         assert str(out / "rejects.jsonl") in text
         assert not (out / "source.json").exists()
-    assert len(listed(out)) == bad
+    # All of them, whatever the message leaves out.
+    assert [item["where"] for item in listed(out)] == [
+        f"in/part-{number // 10}.jsonl, line {number % 10 + 1}" for number in range(bad)
+    ]
 
 
 @pytest.mark.parametrize("by_command", [True, False])
@@ -187,7 +186,7 @@ def test_rejects_are_listed_by_reason_with_the_remedy_of_each(
     assert len(lines) == 9
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_far_too_many_rejects_end_it_before_all_is_read(tmp_path: Path, workers: int) -> None:
     source, out = write_texts(tmp_path / "in", 1, 2000), tmp_path / "out"
     for number in range(1, 5):
@@ -265,23 +264,16 @@ def test_captions_of_any_length_are_whole_or_refused_by_name(tmp_path: Path, len
     assert ("sample 00001" in done["longest"]["image"]["where"]) == (length > 5)
 
 
-def test_a_bad_picture_that_many_records_share_is_a_reject_of_each(tmp_path: Path) -> None:
+def test_a_bad_picture_that_records_share_and_one_at_an_address_are_rejects_of_each(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/1.png").write_bytes(png(1)[:40])
     (tmp_path / "in/2.png").write_bytes(png(2))
     records = [TALKS[0] | {"id": n, "image": f"{1 + n % 2}.png"} for n in range(10)]
+    # Nothing is asked for it.
+    records.append(TALKS[0] | {"image": "https://nowhere.example/a b.png"})
     (tmp_path / "in/llava.json").write_text(json.dumps(records))
-    found = run("conversations", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.5)
-    assert found["rejects"] == {UNDECODED: 5}
+    found = run("conversations", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.6)
+    assert found["rejects"] == {UNDECODED: 5, "missing picture": 1}
     assert found["train"]["images"] == 5
-
-
-def test_a_long_list_of_rejects_is_cut_in_the_message_and_whole_in_its_file(tmp_path: Path) -> None:
-    source, out = write_texts(tmp_path / "in", 3, 50, bad=range(0, 150, 2)), tmp_path / "out"
-    with pytest.raises(ValueError, match="75 of 150 records") as caught:
-        run("text", source, out)
-    lines = str(caught.value).splitlines()
-    assert sum(" line " in line for line in lines) == 3
-    assert [item["where"] for item in listed(out)] == [
-        f"in/part-{number // 50}.jsonl, line {number % 50 + 1}" for number in range(0, 150, 2)
-    ]

@@ -78,20 +78,18 @@ def test_coco_takes_the_pictures_from_the_folder_that_is_named(tmp_path: Path) -
         assert len(captions(read(path, ReadOptions(images=str(tmp_path / folder))))) == 15
 
 
-@pytest.mark.parametrize("images", ["", "coco", "coco/images", "coco/images/val2014"])
-@pytest.mark.parametrize("named", ["./", "val2014/", "./images/val2014/"])
-def test_coco_names_say_in_which_folder_a_picture_lies(
-    tmp_path: Path, named: str, images: str
-) -> None:
+def test_coco_names_say_in_which_folder_a_picture_lies(tmp_path: Path) -> None:
     path = write_coco(tmp_path / "coco", "images/val2014")
-    value = coco()
-    for image in value["images"]:
-        image["file_name"] = named + image["file_name"]
-    write(Path(path), as_json(value))
-    options = ReadOptions(images=str(tmp_path / images) if images else None)
-    records = read(path, options)
-    assert len(captions(records)) == 15
-    assert {record.picture.data for record in records} == {picture(n) for n in range(3)}
+    for named in ("./", "val2014/", "./images/val2014/"):
+        value = coco()
+        for image in value["images"]:
+            image["file_name"] = named + image["file_name"]
+        write(Path(path), as_json(value))
+        for images in ("", "coco", "coco/images", "coco/images/val2014"):
+            options = ReadOptions(images=str(tmp_path / images) if images else None)
+            records = read(path, options)
+            assert len(captions(records)) == 15, (named, images)
+            assert {record.picture.data for record in records} == {picture(n) for n in range(3)}
 
 
 def test_the_order_of_cocos_lists_does_not_matter(tmp_path: Path) -> None:
@@ -113,26 +111,23 @@ def test_a_coco_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
             caption_units([str(path)], OPTIONS)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
+def test_json_of_another_shape_is_refused(tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": "a.jpg"}]
+    for value in (
         [],
         {"images": [], "annotations": []},
         {"annotations": [{"image_id": 1, "caption": "a"}]},
-        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": {"a": 1}},
-        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"bbox": []}]},
-        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": ["a"]},
-    ],
-)
-def test_json_of_another_shape_is_refused(tmp_path: Path, value: Any) -> None:
-    path = write(tmp_path / "captions_val2014.json", as_json(value))
-    with pytest.raises(ValueError, match=r"captions_val2014\.json"):
-        caption_units([path], OPTIONS)
+        {"images": images, "annotations": {"a": 1}},
+        {"images": images, "annotations": [{"bbox": []}]},
+        {"images": images, "annotations": ["a"]},
+    ):
+        path = write(tmp_path / "captions_val2014.json", as_json(value))
+        with pytest.raises(ValueError, match=r"captions_val2014\.json"):
+            caption_units([path], OPTIONS)
 
 
-@pytest.mark.parametrize(
-    ("annotation", "reason"),
-    [
+def test_bad_annotations_are_left_out_with_their_reasons(tmp_path: Path) -> None:
+    bad: list[tuple[Any, str]] = [
         ({"image_id": 99, "caption": "a"}, "missing picture"),
         ({"caption": "a"}, "missing picture"),
         ({"image_id": [1], "caption": "a"}, "missing picture"),
@@ -142,22 +137,15 @@ def test_json_of_another_shape_is_refused(tmp_path: Path, value: Any) -> None:
         ("a", "no caption"),
         ({"image_id": 7, "caption": "a"}, "no picture"),
         ({"image_id": 8, "caption": "a"}, "picture outside the folder"),
-    ],
-)
-def test_a_bad_annotation_is_left_out_with_its_reason(
-    tmp_path: Path, annotation: Any, reason: str
-) -> None:
+    ]
     value = coco(2, 1)
     path = write_coco(tmp_path, "val2014", value)
-    value["annotations"].insert(1, annotation)
-    value["images"] += [
-        {"id": 7},
-        {"id": 8, "file_name": "../annotations/captions_val2014.json"},
-        5,
-    ]
+    value["annotations"][1:1] = [annotation for annotation, _ in bad]
+    outside = {"id": 8, "file_name": "../annotations/captions_val2014.json"}
+    value["images"] += [{"id": 7}, outside, 5]
     write(Path(path), as_json(value))
-    expected = ["picture 0, caption 0", f"- {reason}", "picture 1, caption 0"]
-    assert outcome(read(path)) == expected
+    reasons = [f"- {reason}" for _, reason in bad]
+    assert outcome(read(path)) == ["picture 0, caption 0", *reasons, "picture 1, caption 0"]
 
 
 # CSV and imagefolder.
@@ -177,8 +165,10 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("folder", ["images", "Images", "."])
-@pytest.mark.parametrize("name", ["captions.txt", "captions.csv"])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("captions.txt", "images"), ("captions.csv", "Images"), ("captions.csv", ".")],
+)
 def test_a_csv_gives_its_captions_with_the_pictures_beside_it(
     tmp_path: Path, name: str, folder: str
 ) -> None:
@@ -196,33 +186,37 @@ def test_a_csv_gives_its_captions_with_the_pictures_beside_it(
     assert [record.where for record in records] == [f"{path}, record {n}" for n in range(4)]
 
 
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (b"\xef\xbb\xbfimage,caption\r\n0.jpg,a\r\n\r\n0.jpg,b\r\n", ["a", "b"]),
-        (b"id,caption,group,image\n7,a,g,0.jpg\n", ["a"]),
-        (b'"image","caption"\n"0.jpg","a"', ["a"]),
-        (b"image, caption\n0.jpg, a \n", ["a"]),
-        (b"file_name,text\n0.jpg,a\n", ["a"]),
-        (b'image,caption\n0.jpg,a 5" nail\n', ['a 5" nail']),
-        (b"image,caption\n0.jpg,a\n0.jpg,\n0.jpg,b\n", ["a", "- empty caption", "b"]),
-        (b"image,caption\n0.jpg,caf\xe9\n0.jpg,b\n", ["- caption not UTF-8", "b"]),
-        (b"image,caption\n0.jpg,a, b\n0.jpg\n", ["- wrong number of columns"] * 2),
-        (b"image,caption\n,a\n", ["- no picture"]),
-        (b"image,caption\nnone.jpg,a\n", ["- missing picture"]),
-        (b'image,caption\n0.jpg,"[""one"", ""two""]"\n', ["one", "two"]),
-        (b'image\tcaption\n0.jpg\ta dog, "running"\n', ['a dog, "running"']),
-        (b'image|caption\n0.jpg|a dog, "running"\n', ['a dog, "running"']),
-        (b'image;caption\n0.jpg;a dog, "running"\n', ['a dog, "running"']),
-        (b'image, caption\n0.jpg, "a dog, ""running"""\n', ['a dog, "running"']),
-        (b'filepath\ttext\n0.jpg\ta dog, "running"\n', ['a dog, "running"']),
-        (b"image,caption\r0.jpg,a\r0.jpg,b\r", ["a", "b"]),
-        (b"Image,Caption\n0.jpg,a\n0.jpg,b\n", ["a", "b"]),
-    ],
-)
-def test_rows_of_a_csv(tmp_path: Path, data: bytes, expected: list[str]) -> None:
+CSV_ROWS: list[tuple[bytes, list[str]]] = [
+    (b"\xef\xbb\xbfimage,caption\r\n0.jpg,a\r\n\r\n0.jpg,b\r\n", ["a", "b"]),
+    (b"id,caption,group,image\n7,a,g,0.jpg\n", ["a"]),
+    (b'"image","caption"\n"0.jpg","a"', ["a"]),
+    (b"image, caption\n0.jpg, a \n", ["a"]),
+    (b"file_name,text\n0.jpg,a\n", ["a"]),
+    (b'image,caption\n0.jpg,a 5" nail\n', ['a 5" nail']),
+    (b"image,caption\n0.jpg,a\n0.jpg,\n0.jpg,b\n", ["a", "- empty caption", "b"]),
+    (b"image,caption\n0.jpg,caf\xe9\n0.jpg,b\n", ["- caption not UTF-8", "b"]),
+    (b"image,caption\n0.jpg,a, b\n0.jpg\n", ["- wrong number of columns"] * 2),
+    (b"image,caption\n,a\n", ["- no picture"]),
+    (b"image,caption\nnone.jpg,a\n", ["- missing picture"]),
+    (b'image,caption\n0.jpg,"[""one"", ""two""]"\n', ["one", "two"]),
+    (b'image\tcaption\n0.jpg\ta dog, "running"\n', ['a dog, "running"']),
+    (b'image|caption\n0.jpg|a dog, "running"\n', ['a dog, "running"']),
+    (b'image;caption\n0.jpg;a dog, "running"\n', ['a dog, "running"']),
+    (b'image, caption\n0.jpg, "a dog, ""running"""\n', ['a dog, "running"']),
+    (b'filepath\ttext\n0.jpg\ta dog, "running"\n', ['a dog, "running"']),
+    (b"image,caption\r0.jpg,a\r0.jpg,b\r", ["a", "b"]),
+    (b"Image,Caption\n0.jpg,a\n0.jpg,b\n", ["a", "b"]),
+]
+
+
+def test_rows_of_a_csv(tmp_path: Path) -> None:
     write(tmp_path / "0.jpg", picture(0))
-    assert outcome(read(write(tmp_path / "captions.csv", data))) == expected
+    for data, expected in CSV_ROWS:
+        assert outcome(read(write(tmp_path / "captions.csv", data))) == expected, data
+    # The folder of the pictures may be named, or not.
+    write(tmp_path / "named/images/1.jpg", picture(1))
+    data = b"image,caption\nimages/1.jpg,named\n1.jpg,bare\n"
+    assert outcome(read(write(tmp_path / "named/captions.csv", data))) == ["named", "bare"]
 
 
 def test_a_csv_of_any_name_in_a_folder_is_told_by_its_columns(tmp_path: Path) -> None:
@@ -248,23 +242,6 @@ def test_another_column_is_read_where_it_is_named(tmp_path: Path) -> None:
         read(path, ReadOptions(text_key="title"))
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b'image,caption\n0.jpg,"never closed\n1.jpg,a\n',
-        b'image,caption\n0.jpg,"a" b\n',
-        b"image,caption\n",
-        b"image,group\n0.jpg,a\n",
-        b"0.jpg,a\n",
-        b"",
-        b"\x00\xff" * 100,
-    ],
-)
-def test_a_csv_that_cannot_be_read_is_refused(tmp_path: Path, data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"captions\.csv"):
-        read(write(tmp_path / "captions.csv", data))
-
-
 def test_an_imagefolder_is_read_from_metadata_jsonl_and_csv(tmp_path: Path) -> None:
     found = [{"file_name": f"train/{n}.png", "text": f"caption {n}", "n": n} for n in range(4)]
     for number in range(4):
@@ -284,42 +261,40 @@ def test_an_imagefolder_is_read_from_metadata_jsonl_and_csv(tmp_path: Path) -> N
     assert [(r.caption, r.picture.data) for r in records] == expected
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (b'{"file_name": "0.png", "caption": " a "}', "a"),
-        (b'{"file_name": "0.png", "text": "a", "caption": "b"}', "a"),
-        (b'{"file_name": "0.png"}', "- no caption"),
-        (b'{"file_name": "0.png", "text": {}}', "- no caption"),
-        (b'{"file_name": "0.png", "text": ""}', "- empty caption"),
-        (b'{"file_name": "0.png", "text": "caf\xe9"}', "- caption not UTF-8"),
-        (b'{"file_name": "0.png", "text": "a", "owner": "caf\xe9"}', "a"),
-        (b'{"file_name": "0.png", "text": "\\ud83d"}', "- caption not Unicode"),
-        (b'{"file_name": "0.png", "text": "\\ud83d\\ude00"}', "\N{GRINNING FACE}"),
-        (b'{"text": "a"}', "- no picture"),
-        (b'{"file_name": 3, "text": "a"}', "- no picture"),
-        (b'{"file_name": "none.png", "text": "a"}', "- missing picture"),
-        (b'{"file_name": "zero.png", "text": "a"}', "- zero-byte picture"),
-        (b'{"file_name": "large.png", "text": "a"}', "- picture too large"),
-        (b'{"file_name": "folder", "text": "a"}', "- missing picture"),
-        (b'{"file_name": "0.png/1.png", "text": "a"}', "- missing picture"),
-        (b'{"file_name": "' + b"n" * 5000 + b'", "text": "a"}', "- missing picture"),
-        (b'{"file_name": "../up.png", "text": "a"}', "- picture outside the folder"),
-        (b'{"file_name": "a/../../up.png", "text": "a"}', "- picture outside the folder"),
-        (b'{"file_name": "/etc/passwd", "text": "a"}', "- picture outside the folder"),
-        (b'{"file_name": "link.png", "text": "a"}', "a"),
-        (b'{"file_name": "round.png", "text": "a"}', "- missing picture"),
-        (b'{"file_name": "file:///etc/passwd", "text": "a"}', "- picture outside the folder"),
-        (b'{"file_name": "a\\u0000.png", "text": "a"}', "- picture outside the folder"),
-        (b'{"file_name": "\\ud800.png", "text": "a"}', "- picture outside the folder"),
-        (b'{"file_name": "0.png", "text": "a"', "- metadata not JSON"),
-        (b'["0.png", "a"]', "- metadata not JSON"),
-        (b"[" * 100_000, "- metadata not JSON"),
-    ],
-)
-def test_lines_of_an_imagefolder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, expected: str
-) -> None:
+LINES: list[tuple[bytes, str]] = [
+    (b'{"file_name": "0.png", "caption": " a "}', "a"),
+    (b'{"file_name": "0.png", "text": "a", "caption": "b"}', "a"),
+    (b'{"file_name": "0.png"}', "- no caption"),
+    (b'{"file_name": "0.png", "text": {}}', "- no caption"),
+    (b'{"file_name": "0.png", "text": ""}', "- empty caption"),
+    (b'{"file_name": "0.png", "text": "caf\xe9"}', "- caption not UTF-8"),
+    (b'{"file_name": "0.png", "text": "a", "owner": "caf\xe9"}', "a"),
+    (b'{"file_name": "0.png", "text": "\\ud83d"}', "- caption not Unicode"),
+    (b'{"file_name": "0.png", "text": "\\ud83d\\ude00"}', "\N{GRINNING FACE}"),
+    (b'{"text": "a"}', "- no picture"),
+    (b'{"file_name": 3, "text": "a"}', "- no picture"),
+    (b'{"file_name": "none.png", "text": "a"}', "- missing picture"),
+    (b'{"file_name": "zero.png", "text": "a"}', "- zero-byte picture"),
+    (b'{"file_name": "large.png", "text": "a"}', "- picture too large"),
+    (b'{"file_name": "folder", "text": "a"}', "- missing picture"),
+    (b'{"file_name": "0.png/1.png", "text": "a"}', "- missing picture"),
+    (b'{"file_name": "' + b"n" * 5000 + b'", "text": "a"}', "- missing picture"),
+    (b'{"file_name": "../up.png", "text": "a"}', "- picture outside the folder"),
+    (b'{"file_name": "a/../../up.png", "text": "a"}', "- picture outside the folder"),
+    (b'{"file_name": "/etc/passwd", "text": "a"}', "- picture outside the folder"),
+    (b'{"file_name": "link.png", "text": "a"}', "a"),
+    (b'{"file_name": "round.png", "text": "a"}', "- missing picture"),
+    (b'{"file_name": "file:///etc/passwd", "text": "a"}', "- picture outside the folder"),
+    (b'{"file_name": "a\\u0000.png", "text": "a"}', "- picture outside the folder"),
+    (b'{"file_name": "\\ud800.png", "text": "a"}', "- picture outside the folder"),
+    (b'{"file_name": "0.png", "text": "a"', "- metadata not JSON"),
+    (b'["0.png", "a"]', "- metadata not JSON"),
+    (b"[" * 100_000, "- metadata not JSON"),
+    (b'{"file_name": "0.png", "text": "fine"}', "fine"),
+]
+
+
+def test_lines_of_an_imagefolder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats_pictures, "LARGEST_BYTES", 10_000)
     folder = tmp_path / "set"
     write(tmp_path / "up.png", picture(1))
@@ -329,12 +304,11 @@ def test_lines_of_an_imagefolder(
     (folder / "folder").mkdir()
     (folder / "link.png").symlink_to(tmp_path / "up.png")
     (folder / "round.png").symlink_to(folder / "round.png")
-    fine = b'{"file_name": "0.png", "text": "fine"}\n'
-    write(folder / "metadata.jsonl", fine + line + b"\n" + fine)
+    write(folder / "metadata.jsonl", b"\n".join(line for line, _ in LINES))
     records = read(str(folder))
-    assert outcome(records) == ["fine", expected, "fine"]
-    assert records[1].where == f"{folder}/metadata.jsonl, record 1"
-    assert "fine" not in str(records[1])
+    assert outcome(records) == [expected for _, expected in LINES]
+    places = [f"{folder}/metadata.jsonl, record {number}" for number in range(len(LINES))]
+    assert [record.where for record in records] == places
 
 
 # All formats.
@@ -366,7 +340,7 @@ def many_imagefolder(folder: Path, count: int) -> str:
     return write(folder / "metadata.jsonl", as_lines(records))
 
 
-@pytest.mark.parametrize("count", [1, 6, 7, 8, 20, 21])
+@pytest.mark.parametrize("count", [1, 7, 8, 21])
 @pytest.mark.parametrize("make", [many_coco, many_csv, many_imagefolder])
 def test_units_cut_a_file_into_its_records_without_loss_or_overlap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path, int], str], count: int
@@ -422,17 +396,8 @@ def test_urls_are_read_like_folders(everything: tuple[Path, str]) -> None:
     assert outcome(read(f"{url}/bad")) == bad
 
 
-@pytest.mark.parametrize("make", [many_coco, many_csv, many_imagefolder])
-def test_synthetic_captions_are_refused_where_the_format_has_none(
-    tmp_path: Path, make: Callable[[Path, int], str]
-) -> None:
-    path = make(tmp_path, 1)
-    with pytest.raises(ValueError, match="has no synthetic captions"):
-        caption_units([path], ReadOptions(require="synthetic"))
-
-
-def test_a_csv_may_name_the_folder_of_its_pictures(tmp_path: Path) -> None:
-    rows = [["image", "caption"], ["images/0.jpg", "named"], ["0.jpg", "bare"]]
-    path = write(tmp_path / "captions.csv", csv_bytes(rows))
-    write(tmp_path / "images/0.jpg", picture(0))
-    assert outcome(read(path)) == ["named", "bare"]
+def test_synthetic_captions_are_refused_where_the_format_has_none(tmp_path: Path) -> None:
+    for make in (many_coco, many_csv, many_imagefolder):
+        path = make(tmp_path / make.__name__, 1)
+        with pytest.raises(ValueError, match="has no synthetic captions"):
+            caption_units([path], ReadOptions(require="synthetic"))

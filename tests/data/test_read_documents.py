@@ -16,7 +16,6 @@ import pyarrow
 import pytest
 from made_inputs import OPTIONS, Put, as_json, as_lines, as_parquet
 from PIL import Image
-from pyarrow import parquet
 
 from inputs import png, tar
 from midstream.data.formats.document_parts import document_of
@@ -95,8 +94,12 @@ def test_obelics_is_read_with_the_pictures_that_img2dataset_fetched(
     ]
     assert found[0].where == f"{source}, row 0"
     assert [item.left_out for item in found[:3]] == [(), (), ("missing picture",)]
-    # What is stamped, so that the shard is made anew when more is fetched, is named first.
+    # What is stamped, so that the shard is made anew when more is fetched, is named first, also
+    # where no picture is there yet.
     assert found[3].detail.startswith(f"{images}/{INDEX} has no {C}")
+    (tmp_path / "empty").mkdir()
+    none = read(source, options=replace(OPTIONS, images=str(tmp_path / "empty")))
+    assert none[3].detail.startswith(f"{tmp_path}/empty/{INDEX} has no {C}")
     assert found[2].lost == (replace(found[3], where=found[2].where),)
     for picture in found[0].pictures:
         held = Path(picture.file).read_bytes()
@@ -243,7 +246,7 @@ def test_mmc4_puts_pictures_before_the_texts_that_they_match(put: Put, packed: s
         *["- texts and pictures disagree"] * 2,
         "- no picture",
     ]
-    assert unread_files("conversations", [put("", b"")], document_units([path], OPTIONS)) == []
+    assert unread_files("documents", [put("", b"")], document_units([path], OPTIONS)) == []
     for source in (path, put("", b"")):
         assert [shown(item) for item in read(source)] == expected
 
@@ -445,9 +448,8 @@ def test_rows_of_the_wrong_types_and_places_are_rejects_one_by_one(put: Put) -> 
         assert [shown(item) for item in found] == [f"- {reason}"] * 2
     names = pyarrow.array([b"\xff", b"\xff", b"b", b"b"]).view(pyarrow.string())
     held = [row | {"text_content": "One.", "binary_content": png(0)} for row in rows]
-    columns, stream = pyarrow.Table.from_pylist(held), io.BytesIO()
-    parquet.write_table(columns.set_column(0, "sample_id", names), stream)
-    found = read(put("rows.parquet", stream.getvalue()))
+    columns = pyarrow.Table.from_pylist(held).set_column(0, "sample_id", names)
+    found = read(put("rows.parquet", as_parquet(columns)))
     assert [shown(item) for item in found] == ["- not UTF-8", ["One.", 0]]
     assert found[0].where == f"{path}, sample \\xff"
 
@@ -464,8 +466,16 @@ def test_files_of_no_document_are_refused_by_name(put: Put) -> None:
         read(f"{put('', b'')}/nothing")
 
 
+def looked_up(folder: Path, *urls: str) -> list[Any]:
+    """The number of the picture of each address, or why there is none."""
+    index_urls(str(folder))
+    with closing(PicturesByUrl(str(folder))) as pictures:
+        found = [or_reject("here", pictures.load, url, "here") for url in urls]
+    return [numbered(x.data) if isinstance(x, Picture) else x.reason for x in found]
+
+
 def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path: Path) -> None:
-    folder = tmp_path / "fetched"
+    folder, missing = tmp_path / "fetched", "missing picture"
     img2dataset(folder, {A: 0, B: 1})
     index_urls(str(folder))
     written = (folder / INDEX).stat()
@@ -473,42 +483,22 @@ def test_the_index_of_addresses_is_written_once_and_anew_for_other_tars(tmp_path
     assert (folder / INDEX).stat().st_mtime_ns == written.st_mtime_ns
     # The first of two pictures of one address stands.
     img2dataset(folder, {C: 2, A: 3}, "00001.tar")
-    index_urls(str(folder))
-    with closing(PicturesByUrl(str(folder))) as pictures:
-        found = [or_reject("here", pictures.load, url, "here") for url in (A, B, C, f"{A}x")]
-    assert [numbered(x.data) if isinstance(x, Picture) else x.reason for x in found] == [
-        *(0, 1, 2),
-        "missing picture",
-    ]
+    assert looked_up(folder, A, B, C, f"{A}x") == [0, 1, 2, missing]
     assert sorted(os.listdir(folder))[0] == INDEX
     # The layout without tars, a picture and its .json in files.
     (folder / "00003").mkdir()
+    others = [f"https://files.example/{number}" for number in (4, 5, 6)]
     for name, number in (("00003/0", 4), ("1.b", 5)):
         (folder / f"{name}.jpg").write_bytes(png(number))
-        record = json.dumps({"url": f"https://files.example/{number}"})
-        (folder / f"{name}.json").write_text(record)
+        (folder / f"{name}.json").write_text(json.dumps({"url": others[number - 4]}))
     index_urls(str(folder))
     written = (folder / INDEX).stat()
-    index_urls(str(folder))
+    assert looked_up(folder, *others, A) == [4, 5, missing, 0]
     assert (folder / INDEX).stat().st_ino == written.st_ino
-    with closing(PicturesByUrl(str(folder))) as pictures:
-        found = [
-            or_reject("here", pictures.load, f"https://files.example/{number}", "here")
-            for number in (4, 5, 6)
-        ]
-        assert [numbered(x.data) if isinstance(x, Picture) else 0 for x in found] == [4, 5, 0]
-        assert isinstance(pictures.load(A, "here"), Picture)
     # Fetched anew under the same names, each of as many bytes.
-    record = json.dumps({"url": "https://files.example/6"})
-    (folder / "00003/0.json").write_text(record)
+    (folder / "00003/0.json").write_text(json.dumps({"url": others[2]}))
     os.utime(folder / "00003/0.json", ns=(1, 1))
-    index_urls(str(folder))
-    with closing(PicturesByUrl(str(folder))) as pictures:
-        found = [
-            or_reject("here", pictures.load, f"https://files.example/{number}", "here")
-            for number in (4, 5, 6)
-        ]
-    assert [x.data if isinstance(x, Picture) else 0 for x in found] == [0, png(5), png(4)]
+    assert looked_up(folder, *others) == [missing, 5, 4]
     assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == []
 
 
@@ -521,7 +511,7 @@ def fetched_table(folder: Path, addresses: Sequence[str], name: str = "00002.par
     ]
     rows.insert(1, {"key": "x", "status": "failed_to_download", "url": f"{A}gone", "jpg": None})
     folder.mkdir(exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name, row_group_size=3)
+    (folder / name).write_bytes(as_parquet(rows, row_group_size=3))
     return folder / name
 
 
@@ -532,7 +522,7 @@ def test_pictures_are_found_in_the_tables_of_img2dataset_by_their_addresses(
     path = fetched_table(folder, [f"https://x/{n}" for n in range(6)])
     # What img2dataset writes beside a tar tells of no further picture.
     img2dataset(folder, {A: 7}, "00001.tar")
-    parquet.write_table(pyarrow.table({"url": [B], "jpg": [png(8)]}), folder / "00001.parquet")
+    (folder / "00001.parquet").write_bytes(as_parquet([{"url": B, "jpg": png(8)}]))
     asked = [f"https://x/{n}" for n in (5, 0, 1, 3)] + [A, B, f"{A}gone"]
     texts = {"texts": ["One.", *[None] * len(asked)], "images": [None, *asked]}
     options = replace(OPTIONS, images=str(folder))
@@ -546,11 +536,9 @@ def test_pictures_are_found_in_the_tables_of_img2dataset_by_their_addresses(
     with closing(PicturesByUrl(str(folder))) as pictures, shorter:
         pictures.load("https://x/5", "here")
     path.write_bytes(b"PAR1 and nothing else")
-    index_urls(str(folder))
-    with closing(PicturesByUrl(str(folder))) as pictures:
-        assert isinstance(pictures.load(A, "here"), Picture)
-        with pytest.raises(ValueError, match="may be in a damaged"):
-            pictures.load("https://x/5", "here")
+    assert looked_up(folder, A) == [7]
+    with pytest.raises(ValueError, match="may be in a damaged"):
+        looked_up(folder, "https://x/5")
 
 
 def test_the_index_of_a_folder_that_cannot_be_written_to_lies_in_the_users_cache(
@@ -566,15 +554,13 @@ def test_the_index_of_a_folder_that_cannot_be_written_to_lies_in_the_users_cache
         first = place.stat()
         index_urls(str(folder))
         assert place.stat().st_ino == first.st_ino
+        assert looked_up(folder, A) == [4]
     assert not (folder / INDEX).exists()
-    with closing(PicturesByUrl(str(folder))) as pictures:
-        assert isinstance(pictures.load(A, "here"), Picture)
     # Once the folder can be written to its own index stands alone.
-    index_urls(str(folder))
+    assert looked_up(folder, A) == [4]
     assert not place.exists()
     with closing(PicturesByUrl(str(folder))) as pictures:
         assert pictures.file == folder / INDEX
-        assert isinstance(pictures.load(A, "here"), Picture)
 
 
 def test_documents_of_arxiv_are_told_apart_by_their_whole_names(put: Put) -> None:
@@ -611,17 +597,6 @@ def test_a_damaged_tar_among_pictures_is_named_by_the_first_address_that_is_not_
     (folder / "00000.tar").write_bytes(whole)
     found = read(*tables, options=options)
     assert [shown(x) for x in found] == [["One.", 0], ["Two.", 1], "- missing picture"]
-
-
-def test_addresses_under_a_folder_that_holds_no_picture_yet_are_looked_for_again(
-    put: Put, tmp_path: Path
-) -> None:
-    folder = tmp_path / "fetched"
-    folder.mkdir()
-    path = put("a.parquet", as_parquet([obelics("One.", (A,))]))
-    (found,) = read(path, options=replace(OPTIONS, images=str(folder)))
-    # What is stamped.
-    assert found.detail.startswith(f"{folder}/{INDEX} has no {A}")
 
 
 def test_a_text_with_marks_shows_its_pictures_where_they_stand(put: Put) -> None:

@@ -98,16 +98,14 @@ def test_a_damaged_header_is_refused_wherever_it_is_damaged(tmp_path: Path, form
     assert refused >= 3 * 510
 
 
-@pytest.mark.parametrize("behind", [1, 511, 512, 1023, 1024, 5000, -1])
-def test_anything_but_zeros_behind_the_end_is_refused(tmp_path: Path, behind: int) -> None:
-    whole = bytearray(gnu_tar([("a.txt", b"x")]))
-    whole[1024 + behind if behind >= 0 else -1] = 7
-    with pytest.raises(ValueError, match=r"a\.tar"):
-        contents(written(tmp_path, bytes(whole)))
-
-
-def test_a_second_archive_behind_the_end_is_refused(tmp_path: Path) -> None:
+def test_anything_but_zeros_behind_the_end_is_refused(tmp_path: Path) -> None:
     one = gnu_tar([("a.txt", b"x")])
+    for behind in (1, 511, 512, 1023, 1024, 5000, -1):
+        whole = bytearray(one)
+        whole[1024 + behind if behind >= 0 else -1] = 7
+        with pytest.raises(ValueError, match=r"a\.tar"):
+            contents(written(tmp_path, bytes(whole)))
+    # A second archive, too.
     with pytest.raises(ValueError, match=rf"another one begins .* {len(one):,}\); give each as"):
         contents(written(tmp_path, one + one))
     with pytest.raises(ValueError, match=r"further data.*fetch it again"):
@@ -136,25 +134,18 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, data: bytes) -> None:
         contents(written(tmp_path, data))
 
 
-UNSAFE_NAMES = ["../a.jpg", "/etc/a.jpg", "a/../../b.jpg", "a/..", "..\\a.jpg", "\\a.jpg"]
-
-
-@pytest.mark.parametrize("name", UNSAFE_NAMES)
-def test_a_name_that_leads_out_of_the_archive_is_flagged_and_not_read(
-    tmp_path: Path, name: str
+def test_a_name_that_leads_out_and_what_is_no_file_are_flagged_and_not_read(
+    tmp_path: Path,
 ) -> None:
-    path = written(tmp_path, gnu_tar([(name, b"secret"), ("a..b/c..jpg", b"fine")]))
-    first, second = scan_tar(path)
-    assert (first.name, first.problem, first.data) == (name, UNSAFE, b"")
-    assert (second.problem, second.data) == ("", b"fine")
-
-
-@pytest.mark.parametrize(
-    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
-)
-def test_links_and_devices_are_flagged_and_never_followed(tmp_path: Path, kind: bytes) -> None:
-    path = written(tmp_path, special(kind, "a.jpg"))
-    assert [(m.name, m.problem, m.data) for m in scan_tar(path)] == [("a.jpg", UNSAFE, b"")]
+    for name in ("../a.jpg", "/etc/a.jpg", "a/../../b.jpg", "a/..", "..\\a.jpg", "\\a.jpg"):
+        path = written(tmp_path, gnu_tar([(name, b"secret"), ("a..b/c..jpg", b"fine")]))
+        first, second = scan_tar(path)
+        assert (first.name, first.problem, first.data) == (name, UNSAFE, b"")
+        assert (second.problem, second.data) == ("", b"fine")
+    links = (tarfile.SYMTYPE, tarfile.LNKTYPE)
+    for kind in (*links, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
+        path = written(tmp_path, special(kind, "a.jpg"))
+        assert [(m.name, m.problem, m.data) for m in scan_tar(path)] == [("a.jpg", UNSAFE, b"")]
 
 
 def test_folders_are_left_out(tmp_path: Path) -> None:
@@ -172,20 +163,20 @@ def test_a_member_over_the_limit_is_flagged_unread_and_the_rest_goes_on(
 
 
 def test_memory_holds_one_member_at_a_time(tmp_path: Path) -> None:
-    path = written(tmp_path, gnu_tar([(f"{n}.jpg", bytes([n]) * 2**20) for n in range(1, 30)]))
+    path = written(tmp_path, gnu_tar([(f"{n}.jpg", bytes([n]) * 2**20) for n in range(1, 11)]))
     tracemalloc.start()
     try:
         count = sum(1 for member in scan_tar(path) if member.size == 2**20)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert count == 29
+    assert count == 10
     assert peak < 5 * 2**20
 
 
 def test_the_number_of_members_does_not_raise_memory(tmp_path: Path) -> None:
     peaks = []
-    for count in (500, 4000):
+    for count in (200, 1500):
         path = written(tmp_path, gnu_tar([(f"{n}.jpg", b"x") for n in range(count)]))
         tracemalloc.start()
         try:
@@ -414,26 +405,17 @@ def test_a_list_is_read_from_a_url_too() -> None:
     assert list(list_entries("memory://lists/a.json")) == [b'{"a": 1}', b"[2, 3]", b'"4,"']
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "not a JSON object"),
-        (b"[1]", "not a JSON object"),
-        (b'"text"', "not a JSON object"),
-        (b"null", "not a JSON object"),
-        (b'{"a": 1', "not a JSON object"),
-        (b'{"a": 1} {"b": 2}', "not a JSON object"),
-        (b'{"a": ' + b"[" * 100_000 + b"}", "not a JSON object"),
-        (b'{"a": ' + b"9" * 10_000 + b"}", "not a JSON object"),
-        (b'{"a": "\xff"}', "not UTF-8"),
-        (b'{"a": "\xed\xa0\x80"}', "not UTF-8"),
-        ('{"a": "é"}'.encode("utf-16"), "not UTF-8"),
-    ],
-)
-def test_what_is_no_object_says_why(data: bytes, reason: str) -> None:
-    found = or_reject("a.jsonl, line 7", json_object, data)
-    assert isinstance(found, Reject)
-    assert (found.where, found.reason) == ("a.jsonl, line 7", reason)
+def test_what_is_no_object_says_why() -> None:
+    no_object = [
+        *(b"", b"[1]", b'"text"', b"null", b'{"a": 1', b'{"a": 1} {"b": 2}'),
+        *(b'{"a": ' + b"[" * 100_000 + b"}", b'{"a": ' + b"9" * 10_000 + b"}"),
+    ]
+    no_utf8 = [b'{"a": "\xff"}', b'{"a": "\xed\xa0\x80"}', '{"a": "é"}'.encode("utf-16")]
+    for bad, reason in ((no_object, "not a JSON object"), (no_utf8, "not UTF-8")):
+        for data in bad:
+            found = or_reject("a.jsonl, line 7", json_object, data)
+            assert isinstance(found, Reject), data[:20]
+            assert (found.where, found.reason) == ("a.jsonl, line 7", reason)
 
 
 def test_an_object_is_read_and_half_a_surrogate_pair_is_noticed() -> None:

@@ -28,6 +28,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     }
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, two: dict[str, Source]) -> Path:
+    """A store of their features, which is only read."""
+    folder = tmp_path_factory.mktemp("filled")
+    store = FeatureStore(folder, CONFIG)
+    for source in two.values():
+        store.fill(source, None, Encode(), quiet)
+    return folder
+
+
 NAMES = ("pics", "talks")
 WANTED = np.array([(1, 2, 0), (0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 0)])
 
@@ -46,12 +56,10 @@ class Rows(Dataset[Tensor]):
 
 
 def test_images_of_rows_come_in_the_order_asked_for_stored_as_live(
-    tmp_path: Path, two: dict[str, Source]
+    filled: Path, two: dict[str, Source]
 ) -> None:
-    store = FeatureStore(tmp_path, CONFIG)
-    for source in two.values():
-        store.fill(source, None, Encode(), quiet)
-    stored, live = StoredImages(store, two, NAMES), LiveImages(two, NAMES, CONFIG)
+    stored = StoredImages(FeatureStore(filled, CONFIG), two, NAMES)
+    live = LiveImages(two, NAMES, CONFIG)
     expected = torch.cat([pixels_of(two[NAMES[s]], [e], CONFIG) for s, e, _ in WANTED.tolist()])
     assert torch.equal(live(WANTED), expected)
     found = stored(WANTED)
@@ -62,12 +70,9 @@ def test_images_of_rows_come_in_the_order_asked_for_stored_as_live(
 
 
 def test_stored_features_are_loaded_as_narrow_as_they_lie_on_disk(
-    tmp_path: Path, two: dict[str, Source]
+    filled: Path, two: dict[str, Source]
 ) -> None:
-    config = CONFIG.model_copy(update={"feature_dtype": "bfloat16"})
-    store = FeatureStore(tmp_path, config)
-    for source in two.values():
-        store.fill(source, None, Encode(), quiet)
+    store = FeatureStore(filled, CONFIG)
     budget, rows = mixture(8, {"pics": 1.0}), Lengths(row_length=4, batch_rows=2)
     plan = plan_rows(two, 1, budget, rows, 0)
     data = RowDataset(plan, two, 1, StoredImages(store, two, plan.names))
@@ -92,26 +97,19 @@ def test_rows_without_images_have_tensors_of_no_images(
     assert encode.calls == 0
 
 
-def test_what_is_pickled_is_small_and_reads_the_same(
-    tmp_path: Path, two: dict[str, Source]
-) -> None:
-    store = FeatureStore(tmp_path, CONFIG)
-    for source in two.values():
-        store.fill(source, None, Encode(), quiet)
-    stored = StoredImages(store, two, NAMES)
+def test_what_is_pickled_is_small_and_reads_the_same(filled: Path, two: dict[str, Source]) -> None:
+    stored = StoredImages(FeatureStore(filled, CONFIG), two, NAMES)
     expected = stored(WANTED)
     assert torch.equal(pickle.loads(pickle.dumps(stored))(WANTED), expected)
     # Neither maps nor hashes travel: the size is that of a store that was never read.
-    fresh = StoredImages(FeatureStore(tmp_path, CONFIG), two, NAMES)
+    fresh = StoredImages(FeatureStore(filled, CONFIG), two, NAMES)
     assert len(pickle.dumps(stored)) == len(pickle.dumps(fresh))
 
 
 @pytest.mark.slow
-def test_loader_workers_read_features_and_pixels(tmp_path: Path, two: dict[str, Source]) -> None:
-    store = FeatureStore(tmp_path, CONFIG)
-    for source in two.values():
-        store.fill(source, None, Encode(), quiet)
-    for images in (StoredImages(store, two, NAMES), LiveImages(two, NAMES, CONFIG)):
+def test_loader_workers_read_features_and_pixels(filled: Path, two: dict[str, Source]) -> None:
+    stored = StoredImages(FeatureStore(filled, CONFIG), two, NAMES)
+    for images in (stored, LiveImages(two, NAMES, CONFIG)):
         expected = images(WANTED)
         loader = DataLoader(
             Rows(images), batch_size=None, num_workers=2, multiprocessing_context="forkserver"

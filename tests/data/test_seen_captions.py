@@ -31,8 +31,8 @@ from midstream.cost.known import facts_of_results
 from midstream.data.examples import TextCodec
 from midstream.data.formats.records import ReadOptions
 from midstream.data.lengths import SourceLengths
-from midstream.data.rows import RowDataset, build_row, load_steps, plan_rows, shares_report
-from midstream.data.sources import Source
+from midstream.data.rows import build_row, plan_rows, shares_report
+from midstream.data.sources import Kind, Source
 from midstream.order import stream
 from midstream.order.stream import Stream
 from midstream.study.results import SourceResult
@@ -161,8 +161,8 @@ def test_every_pass_shows_other_captions_and_each_of_them_as_often(tmp_path: Pat
     made = [[3] * (1 + number % 5) for number in range(50)]
     source = make_source(tmp_path, "dr", "caption", [2] * 50, pictures=[0] * 50, synthetic=made)
     found = views_of(source, 0, 400)
-    assert np.array_equal(found, views_of(source, 0, 400))
-    assert not np.array_equal(found, views_of(source, 1, 400))
+    assert np.array_equal(found[:50], views_of(source, 0, 50))
+    assert not np.array_equal(found[:50], views_of(source, 1, 50))
     for example, captions in enumerate(made):
         times = np.bincount(found[:, example], minlength=6)[1:]
         assert times[len(captions) :].sum() == 0
@@ -183,33 +183,6 @@ def test_a_caption_follows_from_the_plan_and_its_place_whatever_was_asked_before
     assert forwards == backwards[::-1]
 
 
-class Pictures:
-    """What stands for a picture: its source and example."""
-
-    def __call__(self, images: np.ndarray) -> Any:
-        """float [images, 2]."""
-        import torch
-
-        return torch.from_numpy(images).float()
-
-
-def test_one_and_three_ranks_see_the_same_captions(tmp_path: Path) -> None:
-    source = captioned(tmp_path, 4, 60)
-    rows, budget = Rows(row_length=14, batch_rows=6), budget_of("epochs", "random", 0)
-    # Some captions are cut.
-    plan = plan_rows({"dr": source}, PATCHES + 5, budget, rows, 5, "cut")
-    dataset = RowDataset(plan, {"dr": source}, PATCHES + 5, Pictures())
-
-    def ids(rank: int, world_size: int) -> list[list[list[int]]]:
-        steps = load_steps(dataset, first_row=0, micro_rows=2, rank=rank, world_size=world_size)
-        return [[row for batch in step for row in batch.input_ids.tolist()] for step in steps]
-
-    parts = [ids(rank, 3) for rank in range(3)]
-    for step, whole in enumerate(ids(0, 1)):
-        joined = [row for part in parts for row in part[step] if any(row)]
-        assert sorted(joined) == sorted(whole)
-
-
 @pytest.mark.parametrize("asked", ["synthetic", "random", "original"])
 def test_a_source_that_lacks_the_asked_caption_is_refused_with_both_numbers(
     tmp_path: Path, asked: Caption
@@ -226,14 +199,14 @@ def test_a_source_that_lacks_the_asked_caption_is_refused_with_both_numbers(
     assert plan_rows({"dr": source}, PATCHES, budget_of("epochs", other, 0), rows, 0).seen_tokens
 
 
-@pytest.mark.parametrize("kind", ["text", "instruct"])
-def test_what_has_no_captions_is_refused_synthetic_ones(
-    tmp_path: Path, kind: Literal["text", "instruct"]
-) -> None:
-    source = make_source(tmp_path, "dr", kind, [3, 4])
-    source.check_caption("original")
-    with pytest.raises(ValueError, match=rf"source 'dr' holds {kind}, which has no synthetic"):
-        source.check_caption("random")
+def test_what_has_no_captions_is_refused_synthetic_ones(tmp_path: Path) -> None:
+    kinds: tuple[Kind, ...] = ("text", "instruct")
+    for kind in kinds:
+        source = make_source(tmp_path, kind, kind, [3, 4])
+        source.check_caption("original")
+        told = rf"source '{kind}' holds {kind}, which has no synthetic"
+        with pytest.raises(ValueError, match=told):
+            source.check_caption("random")
 
 
 def test_a_budget_that_the_drawn_captions_cannot_meet_is_refused_and_the_next_smaller_is_met(
@@ -292,17 +265,17 @@ def test_all_captions_of_a_picture_are_prepared_and_stored_once(tmp_path: Path) 
     )
 
 
-@pytest.mark.parametrize(("require", "left"), [("synthetic", 4), ("original", 4)])
 def test_what_lacks_the_required_caption_is_left_out_and_the_source_can_be_asked_for_it(
-    tmp_path: Path, require: Caption, left: int
+    tmp_path: Path,
 ) -> None:
     make_tars(tmp_path / "in")
-    options = ReadOptions(require=require)  # type: ignore[arg-type]
-    limit = {"max_reject_fraction": 0.5}
-    summary = run("captions", tmp_path / "in", tmp_path / "out", options=options, **limit)
-    assert summary["train"]["examples"] == summary["captions"][require] == left
-    assert sum(summary["rejects"].values()) == 2
-    Source("dr", tmp_path / "out").check_caption(require)
+    kinds: tuple[Caption, ...] = ("synthetic", "original")
+    for require in kinds:
+        options, out = ReadOptions(require=require), tmp_path / require  # type: ignore[arg-type]
+        summary = run("captions", tmp_path / "in", out, options=options, max_reject_fraction=0.5)
+        assert summary["train"]["examples"] == summary["captions"][require] == 4
+        assert sum(summary["rejects"].values()) == 2
+        Source("dr", out).check_caption(require)
 
 
 def test_captions_of_a_picture_that_are_too_long_are_left_out_and_the_others_stay(

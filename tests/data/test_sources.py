@@ -146,9 +146,8 @@ def check_split(folder: Path, kind: Kind, split: Split, written: list[list[Writt
     return len(source)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_equal_contents_go_to_one_split_and_the_share_is_kept(tmp_path: Path, share: float) -> None:
-    splits: dict[int, set[str]] = {}
+def test_equal_contents_go_to_one_split_and_the_share_is_kept(tmp_path: Path) -> None:
+    share, count = 0.3, 1000
     for number in range(2):
         writer = ShardWriter(
             tmp_path / "shards" / str(number),
@@ -157,21 +156,19 @@ def test_equal_contents_go_to_one_split_and_the_share_is_kept(tmp_path: Path, sh
             input_name="x",
             validation_fraction=share,
         )
-        for picture in range(2000):
+        for picture in range(count):
             ids = np.array([picture])
             writer.add(ids, ids, name="n", content=str(picture).encode())
         writer.close()
     finish_source(tmp_path, tokenizer_digest="t", vocab_size=9, root="")
-    for split in ("train", "validation"):
-        source = Source("s", tmp_path, None, split)
-        for example in range(len(source)):
-            splits.setdefault(int(source.input_ids(example)[0]), set()).add(split)
-    assert all(len(found) == 1 for found in splits.values())
-    held_out = sum(found == {"validation"} for found in splits.values())
-    assert abs(held_out / 2000 - share) < 0.05
+    sources = [Source("s", tmp_path, None, split) for split in ("train", "validation")]
+    train, held = ({int(one.input_ids(n)[0]) for n in range(len(one))} for one in sources)
+    assert not train & held
+    assert len(train | held) == count
+    assert abs(len(held) / count - share) < 0.07
 
 
-@pytest.mark.parametrize("extra", [-1, 0, 1, MAX_TEXT_TOKENS + 5])
+@pytest.mark.parametrize("extra", [0, 1, MAX_TEXT_TOKENS + 5])
 def test_a_long_text_is_stored_in_parts_that_join_to_it(tmp_path: Path, extra: int) -> None:
     length = MAX_TEXT_TOKENS + extra
     source = make_source(tmp_path, "web", "text", [3, length, 2])
@@ -182,7 +179,7 @@ def test_a_long_text_is_stored_in_parts_that_join_to_it(tmp_path: Path, extra: i
     assert source.index["records"] == 3
 
 
-@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("shards", [2, 5])
 def test_shards_change_nothing_of_what_a_source_says(tmp_path: Path, shards: int) -> None:
     lengths = [5, 1, 7, 2, 9, 4, 3]
     shown = [0, None, 1, 1, None, 2, 0]
@@ -202,52 +199,50 @@ def test_shards_change_nothing_of_what_a_source_says(tmp_path: Path, shards: int
 
 
 @pytest.mark.parametrize("file", ["tokens.bin", "supervised.bin"])
-@pytest.mark.parametrize("lost", [1, 4, 7])
-def test_a_truncated_file_of_a_source_is_refused_with_both_sizes(
-    tmp_path: Path, file: str, lost: int
-) -> None:
+def test_a_truncated_file_of_a_source_is_refused_with_both_sizes(tmp_path: Path, file: str) -> None:
     source = make_source(tmp_path, "pics", "caption", [5, 6], pictures=[0, 1])
     path = source.folder / "shards/000000" / file
     size = path.stat().st_size
-    os.truncate(path, size - lost)
-    with pytest.raises(ValueError, match=f"{file} holds {size - lost} bytes.* needs {size}"):
-        _ = source.input_ids(0) if file == "tokens.bin" else supervised(source, 0)
+    for lost in (1, 4, 7):
+        os.truncate(path, size - lost)
+        with pytest.raises(ValueError, match=f"{file} holds {size - lost} bytes.* needs {size}"):
+            _ = source.input_ids(0) if file == "tokens.bin" else supervised(source, 0)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 20])
-def test_a_truncated_picture_is_refused_with_its_record(tmp_path: Path, kept: int) -> None:
-    source = make_source(tmp_path, "pics", "caption", [5, 6], pictures=[0, 1])
-    os.truncate(tmp_path / "world" / "1.png", kept)
-    assert source.image_bytes(0) == png(0)
-    with pytest.raises(ValueError, match=r"sample 1: the picture in 1\.png changed"):
-        source.image_bytes(1)
-
-
-@pytest.mark.parametrize("place", [0, 30, -1])
-def test_a_picture_with_one_other_bit_is_refused_with_its_record(
-    tmp_path: Path, place: int
+def test_a_picture_that_is_truncated_or_has_one_other_bit_is_refused_with_its_record(
+    tmp_path: Path,
 ) -> None:
     source = make_source(tmp_path, "pics", "caption", [5, 6], pictures=[0, 1])
-    data = bytearray(png(1))
-    data[place] ^= 1
-    (tmp_path / "world" / "1.png").write_bytes(bytes(data))
-    with pytest.raises(ValueError, match=r"sample 1: .*its bytes have another hash"):
-        source.image_bytes(1)
+    for kept in (0, 1, 20):
+        (tmp_path / "world/1.png").write_bytes(png(1)[:kept])
+        with pytest.raises(ValueError, match=r"sample 1: the picture in 1\.png changed"):
+            source.image_bytes(1)
+    for place in (0, 30, -1):
+        data = bytearray(png(1))
+        data[place] ^= 1
+        (tmp_path / "world/1.png").write_bytes(bytes(data))
+        with pytest.raises(ValueError, match=r"sample 1: .*its bytes have another hash"):
+            source.image_bytes(1)
+    assert source.image_bytes(0) == png(0)
 
 
-def test_a_source_without_an_index_is_refused_by_name(tmp_path: Path) -> None:
-    source = make_source(tmp_path, "web", "text", [3])
-    (source.folder / "source.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"source 'web' has no .*source\.json; prepare"):
-        _ = source.kind
-
-
-def test_a_source_of_another_format_is_refused_with_both(tmp_path: Path) -> None:
-    source = make_source(tmp_path, "web", "text", [3])
-    path = source.folder / "source.json"
-    path.write_text(path.read_text().replace('"format": 3', '"format": 1'))
+def test_a_source_of_another_format_or_without_a_file_is_refused_by_name(tmp_path: Path) -> None:
+    source = make_source(tmp_path, "pics", "caption", [5], pictures=[0])
+    index, shard = source.folder / "source.json", source.folder / "shards/000000"
+    text = index.read_text()
+    index.write_text(text.replace('"format": 3', '"format": 1'))
     with pytest.raises(ValueError, match=r"source\.json has format 1, this version reads 3"):
         _ = source.kind
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match=r"source 'pics' has no .*source\.json; prepare"):
+        _ = source.kind
+    index.write_text(text)
+    for file in ("supervised.bin", "images.npy", "shard.json"):
+        (shard / file).rename(tmp_path / file)
+        fresh = Source("pics", source.folder, tmp_path / "world")
+        with pytest.raises(FileNotFoundError, match=file):
+            _ = supervised(fresh, 0) if file == "supervised.bin" else fresh.image_bytes(0)
+        (tmp_path / file).rename(shard / file)
 
 
 @pytest.mark.parametrize("kind", ["text", "caption", "instruct"])
@@ -280,16 +275,14 @@ def test_a_source_travels_to_a_worker_without_its_tokens(tmp_path: Path) -> None
     assert copy.image_bytes(7) == shown
 
 
-def test_a_source_may_move_with_its_world(tmp_path: Path) -> None:
-    make_source(tmp_path / "old", "pics", "caption", [4], pictures=[3])
+def test_a_source_may_move_with_its_world_and_finds_its_pictures_without_one(
+    tmp_path: Path,
+) -> None:
+    source = make_source(tmp_path / "old", "pics", "caption", [4], pictures=[3])
+    assert Source("pics", source.folder).image_bytes(0) == png(3)
     shutil.move(tmp_path / "old", tmp_path / "new")
     moved = Source("pics", tmp_path / "new" / "sources" / "pics", tmp_path / "new" / "world")
     assert moved.image_bytes(0) == png(3)
-
-
-def test_a_source_without_a_world_finds_its_pictures_where_they_were(tmp_path: Path) -> None:
-    source = make_source(tmp_path, "pics", "caption", [4], pictures=[3])
-    assert Source("pics", source.folder).image_bytes(0) == png(3)
 
 
 def test_pictures_are_read_at_urls(tmp_path: Path) -> None:
@@ -306,16 +299,6 @@ def test_pictures_are_read_at_urls(tmp_path: Path) -> None:
     finish_source(tmp_path, tokenizer_digest="t", vocab_size=9, root="")
     source = Source("s", tmp_path, tmp_path / "elsewhere")
     assert [source.image_bytes(example) for example in range(2)] == [png(1), png(2)]
-
-
-@pytest.mark.parametrize("file", ["supervised.bin", "images.npy", "shard.json"])
-def test_a_lost_file_of_a_source_is_an_error_and_not_a_source_without_it(
-    tmp_path: Path, file: str
-) -> None:
-    source = make_source(tmp_path, "pics", "caption", [5], pictures=[0])
-    (source.folder / "shards/000000" / file).unlink()
-    with pytest.raises(FileNotFoundError, match=file):
-        _ = supervised(source, 0) if file == "supervised.bin" else source.image_bytes(0)
 
 
 @given(

@@ -4,22 +4,21 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 from made_captions import outcome
-from made_inputs import Put, as_json, as_lines, read_all, run
-from pyarrow import ipc, parquet
+from made_inputs import Put, as_json, as_lines, as_parquet, read_all, run
+from pyarrow import ipc
 
 from inputs import png
 from midstream.data.formats.records import ReadOptions, Section
 from midstream.data.sources import Source
 
 
-def as_parquet(table: pyarrow.Table) -> bytes:
-    stream = io.BytesIO()
-    parquet.write_table(table, stream, row_group_size=3)
-    return stream.getvalue()
+def in_groups(table: pyarrow.Table) -> bytes:
+    return as_parquet(table, row_group_size=3)
 
 
 def as_stream(table: pyarrow.Table) -> bytes:
@@ -37,7 +36,7 @@ def as_file(table: pyarrow.Table) -> bytes:
     return stream.getvalue()
 
 
-WRITERS = [(as_parquet, "parquet"), (as_stream, "arrow"), (as_file, "arrow")]
+WRITERS = [(in_groups, "parquet"), (as_stream, "arrow"), (as_file, "arrow")]
 TEXTS = pyarrow.table({"text": [f"text {n}" for n in range(7)], "n": range(7)})
 
 
@@ -101,13 +100,13 @@ def test_conversations_of_a_table_are_read_with_their_pictures(
 
 def test_a_source_of_a_table_trains_without_the_table(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    pictures = [{"bytes": png(n % 3), "path": None} for n in range(40)]
-    table = pyarrow.table({"image": pictures, "text": [f"picture {n}" for n in range(40)]})
-    (tmp_path / "in/a.parquet").write_bytes(as_parquet(table))
+    shown = [{"bytes": png(n % 3), "path": None} for n in range(9)]
+    rows = [{"image": one, "text": f"picture {n}"} for n, one in enumerate(shown)]
+    (tmp_path / "in/a.parquet").write_bytes(as_parquet(rows, row_group_size=4))
     run("captions", tmp_path / "in", tmp_path / "out")
     (tmp_path / "in/a.parquet").unlink()
     source = Source("s", tmp_path / "out")
-    assert [source.image_bytes(n) for n in range(40)] == [png(n % 3) for n in range(40)]
+    assert [source.image_bytes(n) for n in range(9)] == [png(n % 3) for n in range(9)]
 
 
 def test_folders_that_datasets_saves_are_read_and_their_notes_are_not(tmp_path: Path) -> None:
@@ -131,24 +130,22 @@ def test_folders_that_datasets_saves_are_read_and_their_notes_are_not(tmp_path: 
     assert len(read_all("text", str(whole / "train"))) == 7
 
 
-@pytest.mark.parametrize("section", ["text", "captions", "conversations"])
-def test_which_split_of_a_table_is_meant_is_asked(put: Put, section: Section) -> None:
+def test_which_split_of_a_table_is_meant_is_asked(put: Put) -> None:
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
-    rows = [{"text": "a", "image": {"bytes": png(1), "path": "x"}, "conversations": turns}]
-    data = as_parquet(pyarrow.Table.from_pylist(rows))
-    for split in ("train", "validation", "test"):
-        put(f"data/{split}-00000-of-00001.parquet", data)
-    put("README.md", b"about")
-    put("dataset_infos.json", b"{}")
+    row = {"text": "a", "image": {"bytes": png(1), "path": "x"}}
     root = put("", b"").rstrip("/")
-    if section == "conversations":
-        data = as_parquet(pyarrow.Table.from_pylist([{"conversations": turns}]))
+    rows: dict[Section, Any] = {"text": row, "captions": row}
+    rows["conversations"] = {"conversations": turns}
+    for section, held in rows.items():
         for split in ("train", "validation", "test"):
-            put(f"data/{split}-00000-of-00001.parquet", data)
-    for source in (root, f"{root}/data", f"{root}/data/*.parquet"):
-        with pytest.raises(ValueError, match=r"splits test, train, validation.*/train-\*\.parquet"):
-            read_all(section, source)
-    assert len(read_all(section, f"{root}/data/train-*.parquet")) == 1
+            put(f"{section}/data/{split}-00000-of-00001.parquet", as_parquet([held]))
+        put(f"{section}/README.md", b"about")
+        put(f"{section}/dataset_infos.json", b"{}")
+        told = r"splits test, train, validation.*/train-\*\.parquet"
+        for source in (f"{section}", f"{section}/data", f"{section}/data/*.parquet"):
+            with pytest.raises(ValueError, match=told):
+                read_all(section, f"{root}/{source}")
+        assert len(read_all(section, f"{root}/{section}/data/train-*.parquet")) == 1
 
 
 def test_lists_and_lines_of_images_and_captions_are_read(put: Put) -> None:
@@ -176,9 +173,8 @@ def test_pictures_and_their_texts_beside_each_other_are_samples(tmp_path: Path) 
     found = read_all("captions", str(tmp_path / "in"))
     assert outcome(found) == ["caption 0", "caption 2", "- no caption", "caption 1"]
     # img2dataset's table of what it fetched has no pictures inside.
-    table = pyarrow.table({"url": ["a"], "caption": ["b"], "key": ["0"], "status": ["success"]})
-    parquet.write_table(table, tmp_path / "made.parquet")
-    (tmp_path / "made.parquet").rename(tmp_path / "in/00000.parquet")
+    row = {"url": "a", "caption": "b", "key": "0", "status": "success"}
+    (tmp_path / "in/00000.parquet").write_bytes(as_parquet([row]))
     assert outcome(read_all("captions", str(tmp_path / "in"))) == outcome(found)
     (tmp_path / "in/00000.parquet").unlink()
     done = run("captions", tmp_path / "in", tmp_path / "out", max_reject_fraction=0.3)
@@ -187,39 +183,41 @@ def test_pictures_and_their_texts_beside_each_other_are_samples(tmp_path: Path) 
     assert [source.image_bytes(n) for n in range(3)] == [png(n) for n in (0, 2, 1)]
 
 
-@pytest.mark.parametrize(
-    ("names", "patterns"),
-    [
-        (("gsm8k_train.parquet", "gsm8k_test.parquet"), "gsm8k_test.parquet or .*gsm8k_train"),
-        (("TRAIN.PARQUET", "TEST.PARQUET"), "TEST.PARQUET or .*TRAIN.PARQUET"),
-        (("train.pq", "test"), r"/test or .*/train\.pq"),
-        (
-            ("train_00000.parquet", "train_00001.parquet", "test_00000.parquet"),
-            r"test_\*.parquet or .*train_\*.parquet",
-        ),
-        (
-            ("en/train-0.parquet", "fr/train-0.parquet", "fr/test-0.parquet"),
-            r"en/train-\*.parquet with .*fr/train-\*.parquet",
-        ),
-    ],
-)
-def test_a_split_is_told_wherever_its_word_stands_in_the_name(
-    tmp_path: Path, names: tuple[str, ...], patterns: str
-) -> None:
-    for number, name in enumerate(names):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        parquet.write_table(pyarrow.table({"text": [f"document {number}"]}), tmp_path / name)
-    with pytest.raises(ValueError, match=patterns):
-        read_all("text", str(tmp_path))
+SPLIT_FILES = [
+    *(
+        ((f"{folder.format('train')}/0.parquet", f"{folder.format('test')}/0.parquet"), "test, tr")
+        for folder in ("split={}", "partial-{}", "{}2017")
+    ),
+    (("gsm8k_train.parquet", "gsm8k_test.parquet"), "gsm8k_test.parquet or .*gsm8k_train"),
+    (("TRAIN.PARQUET", "TEST.PARQUET"), "TEST.PARQUET or .*TRAIN.PARQUET"),
+    (("train.pq", "test"), r"/test or .*/train\.pq"),
+    (
+        ("train_00000.parquet", "train_00001.parquet", "test_00000.parquet"),
+        r"test_\*.parquet or .*train_\*.parquet",
+    ),
+    (
+        ("en/train-0.parquet", "fr/train-0.parquet", "fr/test-0.parquet"),
+        r"en/train-\*.parquet with .*fr/train-\*.parquet",
+    ),
+]
+
+
+def test_a_split_is_told_wherever_its_word_stands_in_the_name(tmp_path: Path) -> None:
+    for number, (names, patterns) in enumerate(SPLIT_FILES):
+        for document, name in enumerate(names):
+            path = tmp_path / str(number) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(as_parquet([{"text": f"document {document}"}]))
+        with pytest.raises(ValueError, match=patterns):
+            read_all("text", str(tmp_path / str(number)))
+    assert len(read_all("text", f"{tmp_path}/0/split=train")) == 1
 
 
 def test_a_stream_of_arrow_that_does_not_end_or_goes_on_is_refused(put: Put) -> None:
     whole = as_stream(TEXTS)
-    ends = range(0, len(whole), 8)
-    cut = [put(f"{end}/a.arrow", whole[:end]) for end in ends]
-    for path in cut:
+    for end in range(0, len(whole), 8):
         with pytest.raises(ValueError, match=r"a\.arrow is no whole Arrow file"):
-            read_all("text", path)
+            read_all("text", put("a.arrow", whole[:end]))
     with pytest.raises(ValueError, match=rf"goes on behind .*, at byte {len(whole):,}; give each"):
         read_all("text", put("b.arrow", whole + whole))
     assert len(read_all("text", put("c.arrow", whole))) == len(TEXTS)

@@ -177,7 +177,7 @@ def check_cuts(plan: RowPlan, rows: list[list[Placement]]) -> None:
             assert end_of == whole or end_of % size == 0 or budget_ends or full
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_plans_of_more_blocks_than_are_looked_at_hold_every_token_too(seed: int) -> None:
     supplies = supplies_of(seed, 30)
     total = int(0.9 * supplies[0].lengths.total / 0.55)
@@ -211,8 +211,7 @@ def test_no_block_of_a_long_plan_needs_more_rows_than_it_has(seed: int) -> None:
         assert sum(held) == plan.seen_tokens
 
 
-@pytest.mark.parametrize("checked", [512, 3])
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
+@pytest.mark.parametrize(("checked", "share"), [(512, 0.1), (512, 0.4), (512, 0.7), (3, 0.4)])
 def test_rows_of_a_picture_and_texts_have_at_most_one_percent_padding(
     checked: int, share: float
 ) -> None:
@@ -454,7 +453,7 @@ class DrawnDocuments(ArrayLengths):
 
 @pytest.mark.parametrize(
     ("row_length", "num_patches", "most"),
-    [(2048, 64, 0.01), (2048, 256, 0.01), (2048, 576, 0.035), (4096, 576, 0.01)],
+    [(2048, 256, 0.01), (2048, 576, 0.035), (4096, 576, 0.01)],
 )
 def test_rows_of_documents_alone_are_full_to_one_per_cent_where_pictures_allow_it(
     row_length: int, num_patches: int, most: float

@@ -42,15 +42,6 @@ def order(found: Stream, count: int) -> list[int]:
     return [int(found.places(place, place + 1).examples[0]) for place in range(count)]
 
 
-@given(sizes=SIZES, count=st.integers(1, 90), seed=SEEDS, key=st.text(max_size=5))
-@settings(max_examples=30, deadline=None)
-def test_each_pass_holds_every_example_once(sizes: Sizes, count: int, seed: int, key: str) -> None:
-    with sized(sizes):
-        found = Stream(lengths_of(seed, count), key).places(0, 3 * count).examples.tolist()
-    for start in range(0, 3 * count, count):
-        assert sorted(found[start : start + count]) == list(range(count))
-
-
 @given(sizes=SIZES, count=st.integers(1, 30), seed=SEEDS, sampling=SAMPLINGS, key=st.text())
 @settings(max_examples=25, deadline=None)
 def test_places_and_tokens_are_those_of_a_plain_list(
@@ -208,16 +199,6 @@ def test_a_permutation_and_draws_are_the_same_one_by_one_and_in_bulk(
         assert bulk.max() < size
         one_by_one = [[int(send(np.array([x]), size, key)[0]) for x in row] for row in indices]
         assert bulk.tolist() == one_by_one
-
-
-@given(count=st.integers(1, 50), size=st.integers(1, 60), seed=SEEDS)
-@settings(max_examples=40, deadline=None)
-def test_totals_of_chunks_are_sums_of_lengths(count: int, size: int, seed: int) -> None:
-    lengths = lengths_of(seed, count)
-    chunks = np.arange(-(-count // size))
-    sums = [int(lengths.lengths[c * size : (c + 1) * size].sum()) for c in chunks]
-    assert lengths.totals(chunks, size).tolist() == sums
-    assert lengths.total == sum(sums)
 
 
 def test_a_source_without_an_example_is_refused() -> None:

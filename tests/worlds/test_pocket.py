@@ -359,16 +359,6 @@ def test_vocabulary_is_small_and_lower_case(root: Path):
     assert {word for word in words if word != word.lower()} == {"In", "Out", "Is", "Where"}
 
 
-def test_alt_texts_change_nothing_else_in_the_world(root: Path, tmp_path: Path):
-    without = digests(root)
-    world = SMALL.model_copy(update={"num_alt_texts": 30})
-    write_pocket_world(world, tmp_path / "world")
-    found = digests(tmp_path / "world")
-    added = found.keys() - without.keys()
-    assert added == {"captions/alt_texts/alt_texts-00000.tar"}
-    assert {name: found[name] for name in without} == without
-
-
 def test_the_words_of_a_world_are_those_of_every_version_before(root: Path):
     words = hashlib.sha256()
     for text in documents(root):
@@ -382,14 +372,25 @@ def test_the_words_of_a_world_are_those_of_every_version_before(root: Path):
 
 
 @pytest.fixture(scope="module")
-def alt_texts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
-    """Four hundred alt texts, more than there are captions."""
+def with_alt_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same world with four hundred alt texts, more than there are captions."""
     folder = tmp_path_factory.mktemp("alt") / "world"
     write_pocket_world(SMALL.model_copy(update={"num_alt_texts": 400}), folder)
-    return captions(folder, "alt_texts")
+    return folder
 
 
-def test_alt_texts_are_of_the_same_pictures(root: Path, alt_texts: list[dict[str, bytes]]):
+@pytest.fixture(scope="module")
+def alt_texts(with_alt_texts: Path) -> list[dict[str, bytes]]:
+    return captions(with_alt_texts, "alt_texts")
+
+
+def test_alt_texts_are_of_the_same_pictures_and_change_nothing_else_in_the_world(
+    root: Path, with_alt_texts: Path, alt_texts: list[dict[str, bytes]]
+):
+    without, found = digests(root), digests(with_alt_texts)
+    added = found.keys() - without.keys()
+    assert {str(Path(name).parent) for name in added} == {"captions/alt_texts"}
+    assert {name: found[name] for name in without} == without
     described = captions(root)
     for files, alt in zip(described, alt_texts, strict=False):
         assert (alt["jpg"], alt["json"]) == (files["jpg"], files["json"])
@@ -399,8 +400,11 @@ def test_alt_texts_are_of_the_same_pictures(root: Path, alt_texts: list[dict[str
     assert len(keys) > 350
 
 
-def test_alt_texts_are_the_first_of_more(root: Path, alt_texts: list[dict[str, bytes]], tmp_path):
-    few = SMALL.model_copy(update={"num_alt_texts": 7})
+def test_alt_texts_are_the_first_of_more(alt_texts: list[dict[str, bytes]], tmp_path: Path):
+    few = SMALL.model_copy(
+        update=dict.fromkeys(("num_documents", "num_captions", "num_conversations"), 9)
+        | {"num_questions": 12, "num_text_items": 8, "num_alt_texts": 7}
+    )
     write_pocket_world(few, tmp_path / "world")
     assert captions(tmp_path / "world", "alt_texts") == alt_texts[:7]
 

@@ -1,7 +1,9 @@
 """The small real world: written from a tiny copy of the owners' layouts, and from the real data."""
 
 import csv
+import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 
 from midstream.config import SmallReal
-from midstream.core.identity import folder_fingerprint
+from midstream.core.identity import folder_fingerprint, source_folders
 from midstream.core.storage import read_json
 from midstream.data.formats.conversations import conversation_of
 from midstream.data.formats.read_captions import caption_units, read_captions
@@ -78,10 +80,10 @@ def write_photos(folder: Path) -> None:
     write(folder / "match_pairs.tsv", "\n".join([*pairs, pairs[0]]) + "\n")
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A tiny data folder in the owners' layouts."""
-    root = tmp_path / "owners"
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data folder in the owners' layouts, with the recipe's tokenizer; it is only read."""
+    root = tmp_path_factory.mktemp("small") / "owners"
     chapter = "CHAPTER {}\r\n\r\n" + "It was late, and the rain fell.\r\nHe left.\r\n" * 60
     novel = "\ufeffA NOVEL\r\n" + "".join(chapter.format(number) for number in range(3))
     write(root / "text_novels" / "Nobody_Novel_1900.txt", novel)
@@ -116,7 +118,14 @@ def root(tmp_path: Path) -> Path:
         text / "piqa" / "valid.jsonl", [{"goal": "Boil.", "sol1": "Heat.", "sol2": "Cool."}]
     )
     write(text / "piqa" / "valid-labels.lst", "0\n")
+    write(root / real_small.TOKENIZER, Tokenizer(models.WordLevel({"a": 0}, "a")).to_str())
     return root
+
+
+@pytest.fixture
+def own(root: Path, tmp_path: Path) -> Path:
+    """A copy of the folder, to be changed."""
+    return Path(shutil.copytree(root, tmp_path / "owners"))
 
 
 def configured(root: Path, **options: Any) -> SmallReal:
@@ -127,6 +136,12 @@ def written(root: Path, out: Path, **options: Any) -> Path:
     out.mkdir()
     write_small_real(configured(root, **options), out)
     return out
+
+
+@pytest.fixture(scope="module")
+def world(root: Path) -> Path:
+    """What is written from the folder; it is only read."""
+    return written(root, root.parent / "world")
 
 
 def conversations(world: Path, name: str) -> list[dict[str, Any]]:
@@ -187,10 +202,7 @@ def check_pictures_exist(world: Path) -> None:
             assert example.image.is_file()
 
 
-def test_every_part_of_the_layout_is_read_back_with_its_counts(root: Path, tmp_path: Path) -> None:
-    from midstream.core.identity import source_folders
-
-    world = written(root, tmp_path / "world")
+def test_every_part_of_the_layout_is_read_back_with_its_counts(world: Path) -> None:
     kinds = {name: kind for name, (kind, _) in source_folders(world).items()}
     assert kinds == {
         **dict.fromkeys(("novels", "wikitext2", "web_wiki"), "text"),
@@ -210,49 +222,42 @@ def test_every_part_of_the_layout_is_read_back_with_its_counts(root: Path, tmp_p
     check_pictures_exist(world)
 
 
-def test_transparent_emoji_become_white_jpegs(root: Path, tmp_path: Path) -> None:
-    import io
-
-    world = written(root, tmp_path / "world")
+def test_transparent_emoji_become_white_jpegs(world: Path) -> None:
     for record in captioned_pictures(world / "captions" / "emoji"):
         with Image.open(io.BytesIO(record.picture.data)) as picture:
             assert picture.format == "JPEG"
             assert picture.getpixel((5, 5)) == (255, 255, 255)
 
 
-def test_no_picture_or_caption_of_a_benchmark_is_trained_on(root: Path, tmp_path: Path) -> None:
-    check_nothing_is_on_both_sides(written(root, tmp_path / "world"))
+def test_no_picture_or_caption_of_a_benchmark_is_trained_on(world: Path) -> None:
+    check_nothing_is_on_both_sides(world)
 
 
-def test_every_match_pair_is_used_once_or_counted(root: Path, tmp_path: Path) -> None:
+def test_every_match_pair_is_used_once_or_counted(root: Path, world: Path) -> None:
     photos = owners.read_photos(root / "caption_flickr8k")
     counts = photos.counts
     assert counts["match_pairs_to_train"] == len(photos.training_pairs)
     assert counts["match_pairs_repeated"] == 1
     parts = ("to_train", "to_evaluate", "repeated", "with_a_caption_of_the_other_side")
     assert sum(counts[f"match_pairs_{part}"] for part in parts) == 3 * NUM_PHOTOS + 1
-    notes = read_json(written(root, tmp_path / "world") / "world.json")["notes"]
+    notes = read_json(world / "world.json")["notes"]
     assert all(f"{name} {count}" in notes for name, count in counts.items())
 
 
-def test_the_same_configuration_writes_the_same_bytes(root: Path, tmp_path: Path) -> None:
-    first = folder_fingerprint(written(root, tmp_path / "first"))
-    assert first == folder_fingerprint(written(root, tmp_path / "second"))
-    assert first != folder_fingerprint(written(root, tmp_path / "third", seed=1))
-
-
-def test_a_seed_changes_the_questions_and_not_what_is_held_apart(
-    root: Path, tmp_path: Path
+def test_a_configuration_writes_the_same_bytes_and_a_seed_changes_the_questions_alone(
+    root: Path, world: Path, tmp_path: Path
 ) -> None:
-    worlds = [written(root, tmp_path / f"w{s}", seed=s, num_questions=4) for s in range(5)]
-    asked = {(world / "bench/flickr_match/coco_pope_random.json").read_bytes() for world in worlds}
+    assert folder_fingerprint(world) == folder_fingerprint(written(root, tmp_path / "again"))
+    worlds = [written(root, tmp_path / f"w{s}", seed=s, num_questions=4) for s in range(3)]
+    asked = {(one / "bench/flickr_match/coco_pope_random.json").read_bytes() for one in worlds}
     assert len(asked) > 1
-    shards = {(world / "captions/flickr8k/shard-000000.tar").read_bytes() for world in worlds}
+    # What is held apart stays.
+    shards = {(one / "captions/flickr8k/shard-000000.tar").read_bytes() for one in worlds}
     assert len(shards) == 1
 
 
-def test_documents_of_a_novel_keep_its_words_and_end_with_a_sentence(root: Path) -> None:
-    path = root / "text_novels" / "Nobody_Novel_1900.txt"
+def test_documents_of_a_novel_keep_its_words_and_end_with_a_sentence(own: Path) -> None:
+    path = own / "text_novels" / "Nobody_Novel_1900.txt"
     documents = owners.read_novel(path)
     whole = path.read_bytes().decode("utf-8-sig")
     assert " ".join(documents).split() == whole.split()
@@ -269,10 +274,7 @@ def test_documents_of_a_novel_keep_its_words_and_end_with_a_sentence(root: Path)
     assert longest < owners.DOCUMENT_CHARACTERS + 100
 
 
-def test_conversations_hold_every_question_once_in_the_benchmarks_wording(
-    root: Path, tmp_path: Path
-) -> None:
-    world = written(root, tmp_path / "world")
+def test_conversations_hold_every_question_once_in_the_benchmarks_wording(world: Path) -> None:
     prompt = VISUAL_FORMATS["vqav2"].official_prompt
     assert prompt == VISUAL_FORMATS["pope"].official_prompt
     found: Counter[tuple[str, str, str]] = Counter()
@@ -289,8 +291,14 @@ def test_conversations_hold_every_question_once_in_the_benchmarks_wording(
             assert reply == ("Yes" if text == prompt.replace("{question}", own) else "No")
 
 
-def test_match_questions_are_balanced_and_true(root: Path, tmp_path: Path) -> None:
-    world = written(root, tmp_path / "world", num_questions=6)
+def test_num_questions_limits_every_benchmark_and_match_questions_are_balanced_and_true(
+    root: Path, tmp_path: Path
+) -> None:
+    world = written(root, tmp_path / "world", num_questions=2)
+    assert len(read_text_task(world / "text_tasks" / "arc_easy.jsonl")) == 2
+    for name, form in (("vqa_easy", "vqav2"), ("daquar", "vqav2"), ("flickr_match", "pope")):
+        assert len(VISUAL_FORMATS[form].read(world / "bench" / name)) == 2
+    world = written(root, tmp_path / "more", num_questions=6)
     examples = VISUAL_FORMATS["pope"].read(world / "bench" / "flickr_match")
     assert Counter(example.gold for example in examples) == {"yes": 3, "no": 3}
     for example in examples:
@@ -298,8 +306,8 @@ def test_match_questions_are_balanced_and_true(root: Path, tmp_path: Path) -> No
         assert (example.gold == "yes") == (f'"A dog number {number} ."' in example.question)
 
 
-def test_chance_is_the_score_of_answering_without_the_picture(root: Path, tmp_path: Path) -> None:
-    tasks = read_json(written(root, tmp_path / "world") / "world.json")
+def test_chance_is_the_score_of_answering_without_the_picture(world: Path) -> None:
+    tasks = read_json(world / "world.json")
     # red for the colour (1 of 2), no for the circle (2 of 2), overall yes for the square (1 of 1)
     assert tasks["visual_tasks"]["vqa_easy"] == {"format": "vqav2", "chance": 4 / 5}
     assert tasks["visual_tasks"]["daquar"]["chance"] == 1.0
@@ -307,8 +315,7 @@ def test_chance_is_the_score_of_answering_without_the_picture(root: Path, tmp_pa
     assert tasks["text_tasks"]["copa"]["chance"] == tasks["text_tasks"]["piqa"]["chance"] == 0.5
 
 
-def test_visual_answers_are_the_owners(root: Path, tmp_path: Path) -> None:
-    world = written(root, tmp_path / "world")
+def test_visual_answers_are_the_owners(world: Path) -> None:
     examples = VISUAL_FORMATS["vqav2"].read(world / "bench" / "vqa_easy")
     form = VISUAL_FORMATS["vqav2"]
     answers = {(text, number): answer for text, answer, number in EASY_TEST}
@@ -320,8 +327,8 @@ def test_visual_answers_are_the_owners(root: Path, tmp_path: Path) -> None:
     assert all(form.score("cup", room.gold) == 0.0 for room in rooms)
 
 
-def test_text_choices_continue_their_queries(root: Path, tmp_path: Path) -> None:
-    folder = written(root, tmp_path / "world") / "text_tasks"
+def test_text_choices_continue_their_queries(world: Path) -> None:
+    folder = world / "text_tasks"
     told = {
         name: [
             item["query"] + item["choices"][item["gold"]]
@@ -336,65 +343,57 @@ def test_text_choices_continue_their_queries(root: Path, tmp_path: Path) -> None
     }
 
 
-def test_num_questions_limits_every_benchmark_but_copa(root: Path, tmp_path: Path) -> None:
-    world = written(root, tmp_path / "world", num_questions=2)
-    assert len(read_text_task(world / "text_tasks" / "arc_easy.jsonl")) == 2
-    for name, form in (("vqa_easy", "vqav2"), ("daquar", "vqav2"), ("flickr_match", "pope")):
-        assert len(VISUAL_FORMATS[form].read(world / "bench" / name)) == 2
-
-
-@pytest.mark.parametrize("pattern", SmallReal.FILES)
-def test_a_missing_part_is_named_with_its_folder(root: Path, tmp_path: Path, pattern: str) -> None:
-    config = configured(root)
-    for path in list(root.glob(pattern)):
-        path.unlink()
-    with pytest.raises(FileNotFoundError, match=pattern.partition("/")[0]) as caught:
-        write_small_real(config, tmp_path)
-    assert "docs/real-data.md" in str(caught.value)
-
-
-def test_a_picture_that_is_missing_is_named_with_the_record(root: Path, tmp_path: Path) -> None:
-    (root / "vqa_daquar" / "images" / "image7.jpg").unlink()
+def test_a_missing_part_or_picture_is_named_and_other_bytes_than_planned_are_refused(
+    own: Path, tmp_path: Path
+) -> None:
+    config, away = configured(own), tmp_path / "away"
+    for pattern in SmallReal.FILES:
+        moved = [(path, away / path.relative_to(own)) for path in own.glob(pattern)]
+        for path, place in moved:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+        with pytest.raises(FileNotFoundError, match=pattern.partition("/")[0]) as caught:
+            write_small_real(config, tmp_path / "out")
+        assert "docs/real-data.md" in str(caught.value)
+        for path, place in moved:
+            place.rename(path)
+    picture = own / "vqa_daquar" / "images" / "image7.jpg"
+    picture.rename(away / "image7.jpg")
     with pytest.raises(FileNotFoundError, match=r"data_train\.csv, line 9: picture .*image7\.jpg"):
-        write_small_real(configured(root), tmp_path)
-
-
-def test_other_bytes_than_planned_are_refused(root: Path, tmp_path: Path) -> None:
-    config = configured(root)
-    with (root / "text_novels" / "Nobody_Novel_1900.txt").open("a") as stream:
+        write_small_real(configured(own), tmp_path / "out")
+    (away / "image7.jpg").rename(picture)
+    with (own / "text_novels" / "Nobody_Novel_1900.txt").open("a") as stream:
         stream.write("One word more.")
     with pytest.raises(ValueError, match="plan again"):
-        write_small_real(config, tmp_path)
+        write_small_real(config, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("bench_text/piqa/valid-labels.lst", "0\n1\n", "holds 2 labels"),
-        ("bench_text/llm_foundry/copa.jsonl", '{"query": "a"}\n', "line 1: needs the keys"),
-        (
-            "bench_text/llm_foundry/arc_easy.jsonl",
-            '{"query": "a", "choices": ["b", "c"], "gold": 2}\n',
-            "line 1: gold 2",
-        ),
-        ("caption_flickr8k/match_pairs.tsv", "photo_1.jpg\tA dog\tmaybe\n", "line 1: expected"),
-        ("caption_flickr8k/captions.txt", "image,caption\nphoto_1.jpg,\n", "line 2: needs"),
-        ("vqa_easy/test/questions.json", '[["is it?", "yes"]]', "record 0: expected"),
-        ("text_wikitext2/valid.txt", "no title\n", "line 1: text before"),
-    ],
-)
-def test_a_malformed_record_is_named(
-    root: Path, tmp_path: Path, file: str, text: str, message: str
-) -> None:
-    (root / file).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        write_small_real(configured(root), tmp_path)
+MALFORMED = [
+    ("bench_text/piqa/valid-labels.lst", "0\n1\n", "holds 2 labels"),
+    ("bench_text/llm_foundry/copa.jsonl", '{"query": "a"}\n', "line 1: needs the keys"),
+    (
+        "bench_text/llm_foundry/arc_easy.jsonl",
+        '{"query": "a", "choices": ["b", "c"], "gold": 2}\n',
+        "line 1: gold 2",
+    ),
+    ("caption_flickr8k/match_pairs.tsv", "photo_1.jpg\tA dog\tmaybe\n", "line 1: expected"),
+    ("caption_flickr8k/captions.txt", "image,caption\nphoto_1.jpg,\n", "line 2: needs"),
+    ("vqa_easy/test/questions.json", '[["is it?", "yes"]]', "record 0: expected"),
+    ("text_wikitext2/valid.txt", "no title\n", "line 1: text before"),
+]
 
 
-def test_the_recipe_names_what_the_world_holds(root: Path, tmp_path: Path) -> None:
-    write(root / real_small.TOKENIZER, Tokenizer(models.WordLevel({"a": 0}, "a")).to_str())
+def test_a_malformed_record_is_named(own: Path, tmp_path: Path) -> None:
+    for number, (file, text, message) in enumerate(MALFORMED):
+        whole = (own / file).read_bytes()
+        (own / file).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            write_small_real(configured(own), tmp_path / str(number))
+        (own / file).write_bytes(whole)
+
+
+def test_the_recipe_names_what_the_world_holds(root: Path, world: Path, tmp_path: Path) -> None:
     study = real_small.when_images_arrive(data=str(root), completions=(0.0, 0.4, 1.0), seeds=(1, 2))
-    world = written(root, tmp_path / "world")
     described = read_json(world / "world.json")
     folders = {
         path.name for kind in ("text", "captions", "instruct") for path in (world / kind).iterdir()
@@ -419,16 +418,18 @@ def test_the_recipe_names_what_the_world_holds(root: Path, tmp_path: Path) -> No
     write_small_real(study.lines[0].result.of.data.world, tmp_path)
 
 
-def test_the_recipe_refuses_a_folder_without_the_tokenizer(root: Path) -> None:
+def test_the_recipe_refuses_a_folder_without_the_tokenizer(own: Path) -> None:
+    (own / real_small.TOKENIZER).unlink()
     with pytest.raises(FileNotFoundError, match="20B_tokenizer"):
-        real_small.when_images_arrive(data=str(root))
+        real_small.when_images_arrive(data=str(own))
 
 
 @pytest.mark.faults
-def test_the_real_data_is_written_without_overlap(tmp_path: Path) -> None:
+def test_the_real_data_is_written_without_overlap_and_twice_alike(tmp_path: Path) -> None:
     if not (SHARED / "caption_flickr8k").is_dir():
         pytest.skip(f"the real data are not at {SHARED}; docs/real-data.md lists them")
-    world = written(SHARED, tmp_path / "first")
+    world, again = (written(SHARED, tmp_path / name) for name in ("first", "second"))
+    assert folder_fingerprint(world) == folder_fingerprint(again)
     check_nothing_is_on_both_sides(world)
     check_pictures_exist(world)
     with (SHARED / "caption_flickr8k" / "captions.txt").open(newline="") as stream:
@@ -437,11 +438,3 @@ def test_the_real_data_is_written_without_overlap(tmp_path: Path) -> None:
     assert 0.1 < counts["flickr8k_captions_held_apart"] / num_captions < 0.2
     for task, entry in read_json(world / "world.json")["visual_tasks"].items():
         assert len(VISUAL_FORMATS[entry["format"]].read(world / "bench" / task)) == 400
-
-
-@pytest.mark.faults
-def test_the_real_data_is_written_twice_alike(tmp_path: Path) -> None:
-    if not (SHARED / "caption_flickr8k").is_dir():
-        pytest.skip(f"the real data are not at {SHARED}; docs/real-data.md lists them")
-    one, two = (written(SHARED, tmp_path / name) for name in ("first", "second"))
-    assert folder_fingerprint(one) == folder_fingerprint(two)
