@@ -99,7 +99,7 @@ def test_features_and_views_are_those_of_each_picture(tmp_path: Path) -> None:
 # In rows.
 
 
-def test_planned_tokens_are_realised_to_the_token_in_100_mixtures(tmp_path: Path) -> None:
+def test_planned_tokens_are_realised_to_the_token_in_300_mixtures(tmp_path: Path) -> None:
     worlds = []
     for seed in range(4):
         base = tmp_path / str(seed)
@@ -109,7 +109,7 @@ def test_planned_tokens_are_realised_to_the_token_in_100_mixtures(tmp_path: Path
             sources[name] = drawn_documents(base, name, 9 * seed + number, 15, longest=60)
         worlds.append(sources)
     random, num_cut, num_pictures = np.random.default_rng(5), 0, 0
-    for turn in range(100):
+    for turn in range(300):
         sources = worlds[turn % 4]
         pages = f"pages{int(random.integers(2))}"
         names = [pages, *(n for n in ("web", "pics", "talks") if random.integers(2))]
@@ -163,8 +163,8 @@ def test_planned_tokens_are_realised_to_the_token_in_100_mixtures(tmp_path: Path
                 for example in np.flatnonzero(views).tolist():
                     each = int(lengths.of(np.array([example]))[0])
                     assert pieces[number, example] == views[example] * each
-    assert num_cut > 30
-    assert num_pictures > 300
+    assert num_cut > 100
+    assert num_pictures > 1000
 
 
 def check_cut(whole: list[Position], at: int) -> None:
