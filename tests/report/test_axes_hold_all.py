@@ -78,7 +78,7 @@ def group(x: float, by: str | None, scores: dict[str, list[float]]) -> Group:
     return Group(x, by, 3, spreads)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(scored=SCORED, baseline=st.none() | SCORES)
 def test_scores_lie_inside_the_axes_of_every_panel_and_up_is_more(
     scored: list[tuple[float, str, dict[str, list[float]]]], baseline: float | None
