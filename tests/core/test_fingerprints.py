@@ -135,9 +135,9 @@ def test_a_file_renames_the_stages_that_rest_on_it_and_no_other(world: Path, nam
     assert renamed(world, written(name)) == RENAMED[name]
 
 
-@pytest.mark.parametrize("name", RENAMED)
-def test_a_change_behind_a_link_is_a_change(world: Path, tmp_path: Path, name: str) -> None:
-    for section in ("text/web", "captions/pictures", "instruct/talks/images", "bench/pope"):
+def test_a_change_behind_a_link_is_a_change(world: Path, tmp_path: Path) -> None:
+    sections = ("text/web", "captions/pictures", "instruct/talks/images", "bench/pope")
+    for section in sections:
         away = tmp_path / "disk" / section
         away.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(world / section, away)
@@ -145,7 +145,9 @@ def test_a_change_behind_a_link_is_a_change(world: Path, tmp_path: Path, name: s
     one = world / "instruct/talks/llava.json"
     shutil.move(one, tmp_path / "disk/llava.json")
     one.symlink_to(tmp_path / "disk/llava.json")
-    assert renamed(world, written(name)) == RENAMED[name]
+    for name in RENAMED:
+        if name.startswith(sections):
+            assert renamed(world, written(name)) == RENAMED[name], name
     expected = {"talks", *CHAT_ON}
     assert renamed(world, written("instruct/talks/llava.json", "[1]")) == expected
 

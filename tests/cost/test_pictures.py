@@ -310,9 +310,8 @@ def test_the_folder_stands_for_weights_and_configuration_alone(
     assert len({here, *others}) == 6
 
 
-@pytest.mark.parametrize("num_images", [1, 3, 5])
-@pytest.mark.parametrize("low", [0, 1, 2])
-@pytest.mark.parametrize("high", [1, 3])
+@pytest.mark.parametrize("num_images", [1, 5])
+@pytest.mark.parametrize(("low", "high"), [(0, 3), (1, 1), (2, 3)])
 def test_distinct_pictures_are_what_all_draws_have_on_average(
     num_images: int, low: int, high: int
 ) -> None:
@@ -355,10 +354,6 @@ def test_the_plan_command_prints_each_encoder_as_text_and_as_json(tmp_path: Path
     stages = order(study)
     encoder = next(stage for stage in stages if isinstance(stage, TrainEncoder))
     command = ["plan", "pocket.when_images_arrive", "--store", str(tmp_path)]
-    before = CliRunner().invoke(app, command)
-    assert before.exit_code == 0
-    assert f"features of {label(encoder)}" in before.output
-    assert "unknown, until its data is prepared" in before.output
     names = {
         name
         for stage in stages
@@ -374,6 +369,7 @@ def test_the_plan_command_prints_each_encoder_as_text_and_as_json(tmp_path: Path
     assert values == only(list(stages), ledger).values()
     assert values["decision"] == "stored"
     shown = CliRunner().invoke(app, [*command, "--max-feature-gib", "0"]).output
+    assert f"features of {label(encoder)}" in shown
     assert "(at most 0); raise max_feature_gib" in shown
     wrong = CliRunner().invoke(app, [*command, "--features", "somewhere"])
     assert wrong.exit_code == 2
