@@ -107,25 +107,37 @@ def add_unread(world: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "asked"),
+    ("changes", "asked"),
     [
-        (lambda world: None, set()),
-        (add_unread, set()),
-        (repaint, {"odd"}),
-        (other_chance, {"odd"}),
-        (edit("bench/odd/questions.jsonl", lambda r: r[1].update(answer="no")), {"odd"}),
-        (edit("bench/hue/questions.jsonl", lambda r: r[1].update(question="hue x?")), {"hue"}),
-        (edit("bench/hue/questions.jsonl", lambda r: r.pop()), {"hue"}),
-        (edit("text_tasks/letters.jsonl", lambda r: r[0].update(gold=1)), {"letters"}),
+        ([add_unread], set()),
+        (
+            [repaint, edit("text_tasks/letters.jsonl", lambda r: r[0].update(gold=1))],
+            {"odd", "letters"},
+        ),
+        (
+            [
+                other_chance,
+                edit("bench/hue/questions.jsonl", lambda r: r[1].update(question="hue x?")),
+            ],
+            {"odd", "hue"},
+        ),
+        (
+            [
+                edit("bench/odd/questions.jsonl", lambda r: r[1].update(answer="no")),
+                edit("bench/hue/questions.jsonl", lambda r: r.pop()),
+            ],
+            {"odd", "hue"},
+        ),
     ],
 )
 def test_only_tasks_whose_content_changed_are_asked_again(
-    first: First, tmp_path: Path, change: Callable[[Path], None], asked: set[str]
+    first: First, tmp_path: Path, changes: list[Callable[[Path], None]], asked: set[str]
 ) -> None:
     root, before = first
     world = tmp_path / "elsewhere"
     shutil.copytree(root / "world", world)
-    change(world)
+    for change in changes:
+        change(world)
     results, heard = again(world, tmp_path / "out", root / "out")
     assert heard == asked
     fresh, everything = again(world, tmp_path / "fresh", tmp_path / "nothing")

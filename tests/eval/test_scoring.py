@@ -40,11 +40,9 @@ def ten(*answers: str) -> list[str]:
 
 
 # Two of ten agree: those two see one other, the eight see two: (2 * 1/3 + 8 * 2/3) / 10.
-@pytest.mark.parametrize(
-    ("agreeing", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)]
-)
-def test_vqa_accuracy_leaves_each_person_out_in_turn(agreeing: int, expected: float) -> None:
-    assert vqa_accuracy("cat", ten(*["cat"] * agreeing)) == pytest.approx(expected)
+def test_vqa_accuracy_leaves_each_person_out_in_turn() -> None:
+    for agreeing, expected in ((0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)):
+        assert vqa_accuracy("cat", ten(*["cat"] * agreeing)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
