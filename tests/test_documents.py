@@ -79,7 +79,8 @@ def by_place(chosen: Sequence[Block]) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made data in the public layout, under the names that docs/how-to.md gives to its folders."""
+    """Made data in the public layout, under the names that docs/how-to.md gives to its folders;
+    beside it a store that holds what was run before."""
     folder = tmp_path_factory.mktemp("public") / "my_data"
     folder.mkdir()
     few = {"num_documents": 40, "num_captions": 40, "num_conversations": 10}
@@ -88,7 +89,8 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text_tasks" / "pocket_facts.jsonl").rename(folder / "text_tasks" / "quiz.jsonl")
     about["text_tasks"]["quiz"] = about["text_tasks"].pop("pocket_facts")
     write_json(folder / "world.json", about)
-    return folder
+    Ledger(folder.parent / "runs").save_study(find_study("pocket.when_images_arrive", []))
+    return folder.parent
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def desk(
 ) -> Path:
     """Where a reader sits: a folder with the data and with the files that the page has saved."""
     page = request.node.callspec.params["page"]
-    shutil.copytree(public, tmp_path / "my_data", copy_function=_link)
+    shutil.copytree(public, tmp_path, copy_function=_link, dirs_exist_ok=True)
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
     for block in marked("file", page=page):
         (tmp_path / block.name).parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +110,6 @@ def desk(
         monkeypatch.setattr(f"midstream.report.page.{name}", lambda *args, **kwargs: nothing)
     monkeypatch.setattr("midstream.report.page.small_figure", lambda *args: b"<svg/>")
     monkeypatch.chdir(tmp_path)
-    # What was run here before: a store holds it.
-    Ledger(Path("runs")).save_study(find_study("pocket.when_images_arrive", []))
     return tmp_path
 
 

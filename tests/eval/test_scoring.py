@@ -1,7 +1,6 @@
 """Hand-worked cases, one rule of the official scorers each."""
 
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -348,29 +347,6 @@ def test_standard_error_of_independent_scores_is_the_plain_formula() -> None:
     mean = sum(scores) / 5
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 4)
     assert standard_error(scores) == pytest.approx(deviation / math.sqrt(5))
-
-
-def test_standard_error_does_not_shrink_when_every_question_is_asked_four_times() -> None:
-    scores = [float(random.Random(index).random() < 0.5) for index in range(40)]
-    once = standard_error(scores)
-    groups = [str(index) for index in range(40)] * 4
-    assert once is not None
-    assert standard_error(scores * 4, groups) == pytest.approx(once)
-    wrong = standard_error(scores * 4)
-    assert wrong is not None
-    assert wrong < 0.6 * once
-
-
-def test_standard_error_over_splits_agrees_with_repeated_sampling() -> None:
-    sizes, rates = {"a": 60, "b": 20}, {"a": 0.9, "b": 0.4}
-    splits = [split for split, size in sizes.items() for _ in range(size)]
-    draws = random.Random(1)
-    samples = [[float(draws.random() < rates[split]) for split in splits] for _ in range(800)]
-    means = [mean_by_split(sample, splits) for sample in samples]
-    centre = sum(means) / len(means)
-    spread = math.sqrt(sum((mean - centre) ** 2 for mean in means) / len(means))
-    errors = [standard_error(sample, splits=splits) or 0.0 for sample in samples]
-    assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.1)
 
 
 def test_standard_error_says_nothing_about_a_single_picture() -> None:
