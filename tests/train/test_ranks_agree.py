@@ -70,7 +70,7 @@ def check_equal(found: Ledger, expected: Ledger, stage: Continue) -> None:
     [
         (LONG, 2, {}),
         pytest.param(LONG, 4, {}, marks=pytest.mark.faults),
-        (LONG, 2, {"shard_ranks": 1}),
+        (OWN_ENCODER, 2, {"micro_batch_rows": 1, "shard_ranks": 1}),
         pytest.param(LONG, 4, {"shard_ranks": 2}, marks=pytest.mark.faults),
         (OWN_ENCODER, 2, {"micro_batch_rows": 1}),
         pytest.param(FROZEN_DECODER, 2, {"micro_batch_rows": 1}, marks=pytest.mark.faults),
