@@ -78,7 +78,7 @@ def test_page_changes_with_scores_realised_tokens_padding_and_memory_of_the_stor
     tasks, sources = store.results(asked)["tasks"], store.results(trained)["sources"]
     tasks["colours"]["score"] = 0.98765
     change(store, asked, tasks=tasks, stable={"vision": 0.87654, "vision_blind": 0, "text": 0.1})
-    sources["dialogues"]["realised_tokens"] = 100_098
+    sources["talks"]["realised_tokens"] = 100_098
     change(store, trained, sources=sources, pad_fraction=0.4321, peak_memory_bytes=7 * 2**30)
     after = write_report(study, store).read_text()
     for text in ("98.8", "87.7", "100,098", "In 1 of 39 budgets", "at worst by 98 tokens"):
