@@ -1,6 +1,6 @@
 """Counted against what torch itself counts on the real modules."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ from midstream.study.stages import Evaluate, PrepareSource
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
 
-MakeStudy = Callable[..., Study]
 DECODER = DecoderConfig(hidden_size=64, num_layers=3, num_heads=2, vocab_size=500)
 ENCODER = EncoderConfig(
     image_size=32, patch_size=8, hidden_size=24, num_layers=3, num_heads=2, intermediate_size=40
@@ -87,11 +86,6 @@ def counting() -> Iterator[FlopCounterMode]:
     """Counts with the plain attention, since torch does not count the fused one of the CPU."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         yield counter
-
-
-@pytest.fixture
-def study(make_study: MakeStudy) -> Study:
-    return make_study()
 
 
 @pytest.fixture

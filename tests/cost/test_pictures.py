@@ -1,7 +1,6 @@
 """What keeping a frozen encoder's outputs costs and saves, against numbers made by hand."""
 
 import json
-from collections.abc import Callable
 from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
@@ -46,7 +45,6 @@ from midstream.study.stages import Continue, Finetune, PrepareSource, Stage, Tra
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
 
-MakeStudy = Callable[..., Study]
 AUTO = Machine()
 # SigLIP so400m at 384 pixels, as the paper has it.
 SO400M = EncoderConfig(
@@ -83,11 +81,6 @@ def prepared(stages: tuple[Stage, ...], store: Path, sources: dict[str, Any]) ->
         if isinstance(stage, PrepareSource):
             finish(ledger, stage, sources[stage.source])
     return ledger
-
-
-@pytest.fixture
-def study(make_study: MakeStudy) -> Study:
-    return make_study()
 
 
 @pytest.fixture
