@@ -13,11 +13,7 @@ import tiny
 from midstream.config import Evaluation, PublicFolder, TokenizerFile, TrainedTokenizer
 from midstream.core import digests
 from midstream.core.identity import file_sha256, kept_digests, text_column, world_fingerprint
-from midstream.study.stages import (
-    ContinueFrom,
-    Evaluate,
-    Prepare,
-)
+from midstream.study.stages import ContinueFrom, Evaluate, Prepare
 
 # What a stage is called in these tests, and the stage.
 Chain = dict[str, str]

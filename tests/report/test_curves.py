@@ -10,14 +10,7 @@ from midstream.config import Constant, WarmupCosine
 from midstream.config.training import rate_at
 from midstream.recipes import paper
 from midstream.report import curves as module
-from midstream.report.curves import (
-    NUM_POINTS,
-    Curve,
-    curves,
-    rates_figure,
-    stretch,
-    write_curves,
-)
+from midstream.report.curves import NUM_POINTS, Curve, curves, rates_figure, stretch, write_curves
 from midstream.study.label import label
 from midstream.study.stages import Continue, ContinueFrom, Evaluate, InitFrom
 from midstream.study.store import Ledger
