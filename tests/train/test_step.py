@@ -171,11 +171,6 @@ def test_a_step_moves_the_weights_by_the_rate_it_is_given(vlm: VLM) -> None:
     assert float(moved.detach()) == pytest.approx(2e-3, rel=1e-2)
 
 
-def test_gradients_of_the_step_before_are_forgotten(vlm: VLM) -> None:
-    first = step(vlm, cut([6]), rate=0.0)
-    assert step(vlm, cut([6]), rate=0.0).grad_norm == pytest.approx(first.grad_norm, rel=1e-6)
-
-
 @pytest.mark.parametrize("where", ["weight", "feature", "infinite weight"])
 def test_a_step_that_is_not_finite_stops_before_the_optimiser_moves(vlm: VLM, where: str) -> None:
     settings = AdamW()
