@@ -3,11 +3,11 @@
 import io
 import json
 import random
-import tarfile
 from pathlib import Path
 
 from PIL import Image
 
+from inputs import tar
 from midstream.config import PublicFolder, TrainedTokenizer
 from midstream.core.identity import world_fingerprint
 from midstream.study.stages import Prepare
@@ -25,14 +25,11 @@ def write_world(root: Path, *, documents: int = 40, pictures: int = 20, talks: i
     draw = random.Random(f"{documents} {pictures} {talks}")
     texts = ({"text": _words(draw, 40)} for _ in range(documents))
     _write(root / "text/web/part.jsonl", "".join(json.dumps(text) + "\n" for text in texts))
-    shard = root / "captions/pictures/shard.tar"
-    shard.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(shard, "w") as members:
-        for number in range(pictures):
-            for name, data in (("jpg", picture(number)), ("txt", _words(draw, 6).encode())):
-                entry = tarfile.TarInfo(f"{number:04d}.{name}")
-                entry.size = len(data)
-                members.addfile(entry, io.BytesIO(data))
+    members = {}
+    for number in range(pictures):
+        members[f"{number:04d}.jpg"] = picture(number)
+        members[f"{number:04d}.txt"] = _words(draw, 6).encode()
+    _write(root / "captions/pictures/shard.tar", tar(members))
     records = []
     for number in range(talks):
         _write(root / f"instruct/talks/images/{number}.jpg", picture(100 + number))

@@ -80,3 +80,9 @@ def make_study() -> Callable[..., Study]:
         )
 
     return make
+
+
+@pytest.fixture
+def study(make_study: Callable[..., Study]) -> Study:
+    """Of two completions and one seed."""
+    return make_study()

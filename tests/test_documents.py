@@ -70,6 +70,7 @@ AT_HAND = {
     "captions": tiny.mixture(4_000, pictures=1.0),
     "mixed": tiny.mixture(4_000, pictures=0.5, web=0.5),
 }
+ALL_SPANS = [(page, *span) for page in PAGES for span in spans(page)]
 
 
 def by_place(chosen: Sequence[Block]) -> pytest.MarkDecorator:
@@ -78,7 +79,8 @@ def by_place(chosen: Sequence[Block]) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made data in the public layout, under the names that docs/how-to.md gives to its folders."""
+    """Made data in the public layout, under the names that docs/how-to.md gives to its folders;
+    beside it a store that holds what was run before."""
     folder = tmp_path_factory.mktemp("public") / "my_data"
     folder.mkdir()
     few = {"num_documents": 40, "num_captions": 40, "num_conversations": 10}
@@ -87,7 +89,8 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text_tasks" / "pocket_facts.jsonl").rename(folder / "text_tasks" / "quiz.jsonl")
     about["text_tasks"]["quiz"] = about["text_tasks"].pop("pocket_facts")
     write_json(folder / "world.json", about)
-    return folder
+    Ledger(folder.parent / "runs").save_study(find_study("pocket.when_images_arrive", []))
+    return folder.parent
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def desk(
 ) -> Path:
     """Where a reader sits: a folder with the data and with the files that the page has saved."""
     page = request.node.callspec.params["page"]
-    shutil.copytree(public, tmp_path / "my_data", copy_function=_link)
+    shutil.copytree(public, tmp_path, copy_function=_link, dirs_exist_ok=True)
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
     for block in marked("file", page=page):
         (tmp_path / block.name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +110,6 @@ def desk(
         monkeypatch.setattr(f"midstream.report.page.{name}", lambda *args, **kwargs: nothing)
     monkeypatch.setattr("midstream.report.page.small_figure", lambda *args: b"<svg/>")
     monkeypatch.chdir(tmp_path)
-    # What was run here before: a store holds it.
-    Ledger(Path("runs")).save_study(find_study("pocket.when_images_arrive", []))
     return tmp_path
 
 
@@ -116,9 +117,10 @@ def _link(source: str, target: str) -> None:
     Path(target).hardlink_to(source)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_block_says_how_it_is_tested(page: str) -> None:
-    assert sum(line.startswith("```") for line in read(page).split("\n")) == 2 * len(blocks(page))
+def test_every_block_says_how_it_is_tested() -> None:
+    for page in PAGES:
+        fences = sum(line.startswith("```") for line in read(page).split("\n"))
+        assert fences == 2 * len(blocks(page)), page
 
 
 def test_a_block_without_a_mark_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,11 +221,10 @@ def test_a_synopsis_has_the_options_that_there_are(block: Block) -> None:
     assert not [problem for one in found for problem in synopsis_problems(one)]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_and_options_in_the_text_are_some_that_there_are(page: str) -> None:
+def test_commands_and_options_in_the_text_are_some_that_there_are() -> None:
     other = all_options() | options_of_scripts()
     problems = []
-    for line, span in spans(page):
+    for page, line, span in ALL_SPANS:
         if span.startswith("midstream "):
             problems += [f"{page}:{line}: {one}" for one in synopsis_problems(span)]
         elif re.match(r"--[a-z]", span):
@@ -235,10 +236,9 @@ def test_commands_and_options_in_the_text_are_some_that_there_are(page: str) -> 
     assert not problems
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_fields_in_the_text_are_some_that_there_are(page: str) -> None:
+def test_fields_in_the_text_are_some_that_there_are() -> None:
     problems = []
-    for line, span in spans(page):
+    for page, line, span in ALL_SPANS:
         match = re.match(r"([A-Z]\w+)(?:\((.*)\)|\.([a-z_]\w*))$", span)
         if match is None or match[1] not in MODELS:
             continue
@@ -256,11 +256,10 @@ def test_fields_in_the_text_are_some_that_there_are(page: str) -> None:
     assert not problems
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_files_of_code_in_the_text_are_there(page: str) -> None:
+def test_files_of_code_in_the_text_are_there() -> None:
     known = {f"/{name}" for name in files()} | {f"/{b.name}" for b in marked("file")}
     problems = []
-    for line, span in spans(page):
+    for page, line, span in ALL_SPANS:
         for name in PYTHON_FILE.findall(span.partition("::")[0]):
             if not READERS_OWN.fullmatch(name) and not any(
                 one.endswith(f"/{name}") for one in known
@@ -288,17 +287,17 @@ def test_names_of_code_that_a_reader_is_sent_to_are_in_the_source(page: str) -> 
     assert not problems
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_a_name_that_is_said_to_be_in_a_file_is_in_it(page: str) -> None:
-    text = " ".join(re.sub(r"(?ms)^```.*?^```", "", read(page)).split())
-    told = re.findall(r"`(\w+)`(?: of| in|,)? \(?`([\w/]+\.py)`", text)
-    told += [(name, file) for file, name in re.findall(r"`([\w/]+\.py)` \(`(?:\w+\.)?(\w+)`", text)]
+def test_a_name_that_is_said_to_be_in_a_file_is_in_it() -> None:
     problems = []
-    for name, file in told:
-        file = file.removeprefix("src/midstream/")
-        held = [one for one in files() if one.startswith("src/") and one.endswith(f"/{file}")]
-        if held and not any(re.search(rf"\b{name}\b", (ROOT / one).read_text()) for one in held):
-            problems.append(f"{page}: {file} has no {name}")
+    for page in PAGES:
+        text = " ".join(re.sub(r"(?ms)^```.*?^```", "", read(page)).split())
+        told = re.findall(r"`(\w+)`(?: of| in|,)? \(?`([\w/]+\.py)`", text)
+        turned = re.findall(r"`([\w/]+\.py)` \(`(?:\w+\.)?(\w+)`", text)
+        for name, file in [*told, *((name, file) for file, name in turned)]:
+            file = file.removeprefix("src/midstream/")
+            held = [one for one in files() if one.startswith("src/") and one.endswith(f"/{file}")]
+            if held and not any(re.search(rf"\b{name}\b", (ROOT / o).read_text()) for o in held):
+                problems.append(f"{page}: {file} has no {name}")
     assert not problems
 
 
@@ -313,10 +312,9 @@ def test_the_catalogue_of_studies_names_every_recipe() -> None:
     assert sorted([*named, *between]) == sorted(catalogue())
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page: str) -> None:
-    problems = []
-    for line, target in links(page):
+def test_every_link_leads_somewhere() -> None:
+    problems, shown = [], [(page, *link) for page in PAGES for link in links(page)]
+    for page, line, target in shown:
         if re.match(r"https?://", target):
             continue
         path, _, anchor = target.partition("#")

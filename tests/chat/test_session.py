@@ -196,7 +196,7 @@ def test_a_model_without_an_encoder_refuses_pictures_and_talks(
     ("values", "said"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"top_p": 0.5}, "give a temperature"),
+        ({"top_p": 0.5}, "give a temperature above 0"),
         ({"top_p": 0.5, "temperature": 0.0}, "give a temperature"),
     ],
 )

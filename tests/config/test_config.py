@@ -19,7 +19,6 @@ from midstream.config import (
     Evaluation,
     Machine,
     Mixture,
-    PocketWorld,
     Rows,
     Share,
     Training,
@@ -44,24 +43,19 @@ ENCODER = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
-def test_every_model_refuses_an_unknown_field_and_names_the_known_ones(kind: type[Config]) -> None:
-    assert kind.model_config["frozen"]
-    with pytest.raises(ValidationError) as caught:
-        kind.model_validate({"zzz_unknown": 1})
-    assert f"{kind.__name__} has no field 'zzz_unknown'" in str(caught.value)
-    for name in kind.model_fields:
-        assert name in str(caught.value)
+def test_every_model_refuses_an_unknown_field_and_names_the_known_ones() -> None:
+    for kind in MODELS:
+        assert kind.model_config["frozen"], kind
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate({"zzz_unknown": 1})
+        assert f"{kind.__name__} has no field 'zzz_unknown'" in str(caught.value)
+        for name in kind.model_fields:
+            assert name in str(caught.value)
 
 
 def test_a_misspelt_field_gets_the_nearest_known_one() -> None:
     with pytest.raises(ValidationError, match="did you mean 'num_layers'"):
         EncoderConfig.model_validate({**ENCODER, "n_layers": 4})
-
-
-def test_a_frozen_model_refuses_another_value() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
-        PocketWorld().seed = 1
 
 
 SHARES = (Share(source="a", share=1.0), Share(source="b", share=0.5))
@@ -168,14 +162,6 @@ def test_presets_have_openlms_parameters_to_the_last_one(
     assert all(parameter.is_meta for parameter in decoder.parameters())
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_linear_parameters_are_the_matrices_between_the_embeddings(name: str) -> None:
-    assert name in {counted for counted, _, _ in COUNTS}
-    decoder = on_meta(DECODERS[name])
-    matrices = [one for one in decoder.layers.parameters() if one.dim() == 2]
-    assert DECODERS[name].linear_parameters == sum(one.numel() for one in matrices)
-
-
 @pytest.mark.parametrize(
     ("name", "head_dim", "ffn"),
     [
@@ -188,7 +174,10 @@ def test_linear_parameters_are_the_matrices_between_the_embeddings(name: str) ->
     ],
 )
 def test_heads_and_feed_forward_of_presets_are_openlms(name: str, head_dim: int, ffn: int) -> None:
+    assert DECODERS.keys() == {counted for counted, _, _ in COUNTS}
     config, decoder = DECODERS[name], on_meta(DECODERS[name])
+    matrices = [one for one in decoder.layers.parameters() if one.dim() == 2]
+    assert config.linear_parameters == sum(one.numel() for one in matrices)
     assert (config.head_dim, config.ffn_size) == (head_dim, ffn)
     shapes = {key: tuple(value.shape) for key, value in decoder.named_parameters()}
     width = config.hidden_size
@@ -296,12 +285,6 @@ def test_a_schedule_that_cannot_start_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"stage-7.*{message}"):
         check_start(schedule, parent, "stage-7")
-
-
-def test_other_starts_are_accepted() -> None:
-    check_start(ContinuedCosine(end_rate=3e-5), 3.1e-5, "stage-7")
-    for parent in (None, 3e-5):
-        check_start(WarmupCosine(peak_rate=1e-3), parent, "stage-7")
 
 
 def test_a_constant_rate_stays_and_a_stable_one_falls_at_its_end() -> None:

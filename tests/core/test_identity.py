@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +36,6 @@ from midstream.core.identity import (
     folder_fingerprint,
 )
 from midstream.study import stages as stage
-from midstream.study.stages import Prepare, Pretrain
 
 ENCODER = EncoderConfig(
     image_size=32, patch_size=16, hidden_size=24, num_layers=3, num_heads=2, intermediate_size=40
@@ -113,18 +110,11 @@ def _variants(model: BaseModel, place: bool = False) -> list[tuple[str, bool, Ba
     return found
 
 
-CASES = [
-    pytest.param(model, changed, placed, id=f"{type(model).__name__}.{path}-{index}")
-    for index, model in enumerate(EXAMPLES)
-    for path, placed, changed in _variants(model)
-]
-
-
-@pytest.mark.parametrize(("model", "changed", "placed"), CASES)
-def test_every_field_but_placement_changes_the_identity(
-    model: Config, changed: Config, placed: bool
-) -> None:
-    assert (digest(model) == digest(changed)) is placed
+def test_every_field_but_placement_changes_the_identity() -> None:
+    for model in EXAMPLES:
+        for path, placed, changed in _variants(model):
+            same = digest(model) == digest(changed)
+            assert same is placed, f"{type(model).__name__}.{path}"
 
 
 def test_placement_is_what_says_where_or_how_work_runs() -> None:
@@ -142,28 +132,6 @@ def test_placement_is_what_says_where_or_how_work_runs() -> None:
         "Training.checkpoint_every_steps",
         "Evaluation.batch_size",
     }
-
-
-def test_an_identity_is_the_same_in_another_process() -> None:
-    stage = Pretrain(
-        data=Prepare(world=PocketWorld(), tokenizer=TrainedTokenizer(vocab_size=300)),
-        decoder=DecoderConfig(hidden_size=64, num_layers=2, num_heads=2),
-        training=TRAINING,
-    )
-    program = (
-        "import sys\nfrom midstream.study.stages import stage_from_json\n"
-        "print(stage_from_json(sys.stdin.read()).identity)"
-    )
-    for seed in ("0", "1"):
-        found = subprocess.run(
-            [sys.executable, "-c", program],
-            input=stage.model_dump_json(),
-            env={"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert found.stdout.strip() == stage.identity
 
 
 def test_the_format_version_is_part_of_every_identity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_a_loss_that_goes_on_falling_by_as_much_shows_no_floor() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("spread", "ladders"), [pytest.param(0.004, 300, marks=pytest.mark.faults), (0.01, 100)]
+    ("spread", "ladders"), [pytest.param(0.004, 300, marks=pytest.mark.faults), (0.01, 50)]
 )
 def test_a_left_out_size_lies_in_its_interval_as_often_as_is_said(
     spread: float, ladders: int
@@ -88,8 +88,9 @@ def test_a_left_out_size_lies_in_its_interval_as_often_as_is_said(
     for number in range(ladders):
         found = ladder(1000 + number, spread)
         law = fitted(found, resamples=40)
-        told = law.predict("dense", SIZES[-1], 3)
-        hits.append(told.holds(float(np.mean(found["dense"][SIZES[-1]]))))
+        for place, own in found.items():
+            told = law.predict(place, SIZES[-1], 3)
+            hits.append(told.holds(float(np.mean(own[SIZES[-1]]))))
     assert 0.92 <= np.mean(hits) <= 0.98
 
 

@@ -1,6 +1,6 @@
 """Counted against what torch itself counts on the real modules."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,10 @@ from midstream.order.mixture import Supply
 from midstream.order.plan import make_plan
 from midstream.order.stream import ArrayLengths
 from midstream.study.results import SourceResult
-from midstream.study.stages import Evaluate, PrepareSource, Stage
+from midstream.study.stages import Evaluate, PrepareSource
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
 
-MakeStudy = Callable[..., Study]
 DECODER = DecoderConfig(hidden_size=64, num_layers=3, num_heads=2, vocab_size=500)
 ENCODER = EncoderConfig(
     image_size=32, patch_size=8, hidden_size=24, num_layers=3, num_heads=2, intermediate_size=40
@@ -89,8 +88,16 @@ def counting() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-def _by_kind(study: Study) -> dict[str, Stage]:
+@pytest.fixture
+def stages(study: Study) -> dict[str, Any]:
+    """The last stage of each kind."""
     return {stage.kind: stage for stage in order(study)}
+
+
+@pytest.fixture
+def ledger(study: Study, tmp_path: Path) -> Ledger:
+    """A store in which the sources are prepared."""
+    return _prepared(study, tmp_path)
 
 
 def _prepared(study: Study, store: Path, **changes: Mapping[str, object]) -> Ledger:
@@ -159,11 +166,10 @@ def test_a_connectors_parameters_and_flops_are_those_of_the_module(config: Proje
 
 
 def test_a_text_stage_costs_three_forward_passes_of_its_positions(
-    make_study: MakeStudy, tmp_path: Path
+    stages: dict[str, Any], ledger: Ledger
 ) -> None:
-    study = make_study()
-    stage = _by_kind(study)["pretrain"]
-    found = cost(stage, _prepared(study, tmp_path))
+    stage = stages["pretrain"]
+    found = cost(stage, ledger)
     decoder = stage.decoder
     assert found.tokens == 10_000
     assert found.parameters == decoder.num_parameters
@@ -182,14 +188,14 @@ def test_a_text_stage_costs_three_forward_passes_of_its_positions(
 
 @pytest.mark.parametrize("layout", ["filled", "padded"])
 def test_a_long_stage_is_priced_as_its_plan_lays_it_out_from_a_sample_of_its_rows(
-    make_study: MakeStudy, layout: str
+    stages: dict[str, Any], layout: str
 ) -> None:
     random, patches = np.random.default_rng(0), 4
     lengths = {
         "stories": np.clip(random.exponential(80, 6_000).round(), 2, None).astype(int),
         "captions": random.integers(4, 40, 9_000),
     }
-    stage = _by_kind(make_study())["continue"]
+    stage = stages["continue"]
     shares = (Share(source="stories", share=0.6), Share(source="captions", share=0.4))
     rows = Rows.model_validate({"row_length": 64, "batch_rows": 32, "layout": layout})
     budget = Mixture(total_tokens=500_000, shares=shares, max_epochs=2)
@@ -228,10 +234,9 @@ def test_a_long_stage_is_priced_as_its_plan_lays_it_out_from_a_sample_of_its_row
 
 
 def test_shares_before_the_reduction_show_as_many_pictures_through_any_connector(
-    make_study: MakeStudy, tmp_path: Path
+    stages: dict[str, Any], ledger: Ledger
 ) -> None:
-    study = make_study()
-    stage, ledger = _by_kind(study)["continue"], _prepared(study, tmp_path)
+    stage = stages["continue"]
     pooled = ProjectorConfig(reduction=AveragePool(window=2))
     fewer = stage.model_copy(update={"projector": pooled})
     assert (stage.model.image_tokens, fewer.model.image_tokens) == (4, 1)
@@ -255,17 +260,16 @@ def _classes(lengths: np.ndarray, name: str) -> dict[str, list[list[int]]]:
     return {"plain": [], "image": [], name: found}
 
 
-def test_rows_that_the_checks_refuse_have_no_cost(make_study: MakeStudy, tmp_path: Path) -> None:
-    study = make_study()
-    stage = _by_kind(study)["continue"]
+def test_rows_that_the_checks_refuse_have_no_cost(stages: dict[str, Any], ledger: Ledger) -> None:
+    stage = stages["continue"]
     rows = stage.training.rows.model_copy(update={"layout": "joined"})
     training = stage.training.model_copy(update={"rows": rows})
-    joined = cost(stage.model_copy(update={"training": training}), _prepared(study, tmp_path))
+    joined = cost(stage.model_copy(update={"training": training}), ledger)
     assert (joined.tokens, joined.flops) == (4_000, None)
 
 
-def test_a_text_run_has_a_cost_before_anything_is_known_of_its_data(make_study: MakeStudy) -> None:
-    stage = _by_kind(make_study())["pretrain"]
+def test_a_text_run_has_a_cost_before_anything_is_known_of_its_data(stages: dict[str, Any]) -> None:
+    stage = stages["pretrain"]
     found = cost(stage)
     assert found.basis == "expected"
     assert found.tokens == 10_000
@@ -274,13 +278,12 @@ def test_a_text_run_has_a_cost_before_anything_is_known_of_its_data(make_study: 
 
 
 def test_tokens_of_epochs_are_unknown_until_the_data_is_prepared(
-    make_study: MakeStudy, tmp_path: Path
+    stages: dict[str, Any], ledger: Ledger, tmp_path: Path
 ) -> None:
-    study = make_study()
-    stage = _by_kind(study)["finetune"]
+    stage = stages["finetune"]
     assert cost(stage).tokens is None
-    assert cost(stage, Ledger(tmp_path)).flops is None
-    found = cost(stage, _prepared(study, tmp_path))
+    assert cost(stage, Ledger(tmp_path / "empty")).flops is None
+    found = cost(stage, ledger)
     patches = stage.start.encoder.encoder.num_patches
     assert found.tokens == 2 * (700 + 30 * patches)
     assert found.parameters == model_parameters(stage.model)
@@ -288,10 +291,9 @@ def test_tokens_of_epochs_are_unknown_until_the_data_is_prepared(
 
 
 def test_conversations_that_are_cut_to_their_rows_are_priced_as_cut(
-    make_study: MakeStudy, tmp_path: Path
+    study: Study, stages: dict[str, Any], tmp_path: Path
 ) -> None:
-    study = make_study()
-    stage = _by_kind(study)["finetune"]
+    stage = stages["finetune"]
     patches = stage.start.encoder.encoder.num_patches
     row_length = stage.training.rows.row_length
     number, tokens = 5, 5 * (row_length + 100)
@@ -302,10 +304,9 @@ def test_conversations_that_are_cut_to_their_rows_are_priced_as_cut(
 
 
 def test_conversations_of_more_pictures_than_have_room_are_priced_with_those_that_have(
-    make_study: MakeStudy, tmp_path: Path
+    study: Study, stages: dict[str, Any], tmp_path: Path
 ) -> None:
-    study = make_study()
-    stage = _by_kind(study)["finetune"]
+    stage = stages["finetune"]
     patches, length = stage.start.encoder.encoder.num_patches, stage.training.rows.row_length
     room = length // patches
     lengths = {"plain": [], "image": [[30, 700, 16_400]], f"{room + 2} images": [[5, 100, 2_000]]}
@@ -316,14 +317,13 @@ def test_conversations_of_more_pictures_than_have_room_are_priced_with_those_tha
 
 
 def test_a_plan_counts_with_the_captions_that_the_budget_asks_for(
-    make_study: MakeStudy, tmp_path: Path
+    study: Study, stages: dict[str, Any], tmp_path: Path
 ) -> None:
-    study = make_study()
     lengths = {"plain": [], "image": [[100, 900, 8_100]]}
     seen = {"num_tokens": 900, "num_targets": 800, "lengths": lengths}
     held = {"captions": {"original": 100, "synthetic": 100}, "seen": {"random": seen}}
     ledger = _prepared(study, tmp_path, captions=held)
-    stage = _by_kind(study)["continue"]
+    stage = stages["continue"]
     patches = stage.encoder.encoder.num_patches
 
     def tokens(caption: str, source: str = "captions") -> int | None:
@@ -338,10 +338,9 @@ def test_a_plan_counts_with_the_captions_that_the_budget_asks_for(
 
 
 def test_a_stage_that_sees_is_unknown_without_facts_and_priced_from_expected_ones(
-    make_study: MakeStudy, tmp_path: Path
+    stages: dict[str, Any], ledger: Ledger
 ) -> None:
-    study = make_study()
-    stage = _by_kind(study)["continue"]
+    stage = stages["continue"]
     assert cost(stage).tokens == 4_000
     assert cost(stage).flops is None
     expected = tuple(
@@ -352,7 +351,7 @@ def test_a_stage_that_sees_is_unknown_without_facts_and_priced_from_expected_one
     )
     data = stage.data.model_copy(update={"expected": expected})
     guessed = cost(stage.model_copy(update={"data": data}))
-    counted = cost(stage, _prepared(study, tmp_path))
+    counted = cost(stage, ledger)
     assert (guessed.basis, counted.basis) == ("expected", "counted")
     assert guessed.tokens == counted.tokens == 4_000
     assert guessed.flops == pytest.approx(counted.flops, rel=0.05)
@@ -363,11 +362,9 @@ def test_a_stage_that_sees_is_unknown_without_facts_and_priced_from_expected_one
 
 @pytest.mark.parametrize("kept", [{"freeze_decoder": True}, {"lora": LoRA(rank=2, alpha=2.0)}])
 def test_a_kept_decoder_saves_the_gradients_of_its_weights(
-    make_study: MakeStudy, tmp_path: Path, kept: dict[str, Any]
+    stages: dict[str, Any], ledger: Ledger, kept: dict[str, Any]
 ) -> None:
-    study = make_study()
-    ledger = _prepared(study, tmp_path)
-    stage = _by_kind(study)["continue"]
+    stage = stages["continue"]
     frozen = stage.model_copy(update={"training": stage.training.model_copy(update=kept)})
     all_flops, needed = cost(stage, ledger).model_flops, cost(frozen, ledger).model_flops
     assert needed < all_flops
@@ -377,10 +374,8 @@ def test_a_kept_decoder_saves_the_gradients_of_its_weights(
     assert whole.decoder * 2 / 3 < saved.decoder < whole.decoder
 
 
-def test_evaluations_cost_more_with_more_questions_and_when_asked_blind(
-    make_study: MakeStudy,
-) -> None:
-    stage = make_study().lines[0].result
+def test_evaluations_cost_more_with_more_questions_and_when_asked_blind(study: Study) -> None:
+    stage = study.lines[0].result
 
     def flops(**changes: object) -> float:
         evaluation = {**stage.evaluation.model_dump(), **changes}
@@ -391,8 +386,7 @@ def test_evaluations_cost_more_with_more_questions_and_when_asked_blind(
     assert flops(blind=False) < flops(blind=True)
 
 
-def test_preparing_and_training_an_encoder_have_a_cost(make_study: MakeStudy) -> None:
-    stages = _by_kind(make_study())
+def test_preparing_and_training_an_encoder_have_a_cost(stages: dict[str, Any]) -> None:
     for kind in ("prepare_world", "prepare_tokenizer", "prepare_source"):
         assert (cost(stages[kind]).tokens, cost(stages[kind]).flops) == (0, 0.0)
     found = cost(stages["train_encoder"])

@@ -40,16 +40,13 @@ def test_order_lists_each_stage_once_and_parents_first(make_study: MakeStudy) ->
         assert {parent.name for parent in stage.parents} <= set(names[:index])
 
 
-def test_order_does_not_depend_on_which_objects_stand_for_equal_stages(
-    make_study: MakeStudy,
-) -> None:
-    study = make_study()
+def test_order_does_not_depend_on_which_objects_stand_for_equal_stages(study: Study) -> None:
     copied = Study.model_validate_json(study.model_dump_json())
     assert [stage.name for stage in order(copied)] == [stage.name for stage in order(study)]
 
 
-def test_plan_names_the_lines_that_share_a_stage(make_study: MakeStudy, tmp_path: Path) -> None:
-    work = plan(make_study(), Ledger(tmp_path))
+def test_plan_names_the_lines_that_share_a_stage(study: Study, tmp_path: Path) -> None:
+    work = plan(study, Ledger(tmp_path))
     lines = {row.stage.kind: row.lines for row in work.rows}
     whole = ("0.2 0", "1.0 0", "text only")
     assert lines["prepare_tokenizer"] == lines["prepare_world"] == lines["pretrain"] == whole
@@ -60,9 +57,9 @@ def test_plan_names_the_lines_that_share_a_stage(make_study: MakeStudy, tmp_path
 
 
 def test_plan_compares_the_flops_of_sharing_with_those_of_lines_alone(
-    make_study: MakeStudy, tmp_path: Path
+    study: Study, tmp_path: Path
 ) -> None:
-    work = plan(make_study(), Ledger(tmp_path))
+    work = plan(study, Ledger(tmp_path))
     flops = [(row.stage.kind, row.cost.flops or 0.0) for row in work.rows]
     uses = {"train_encoder": 2.0, "pretrain": 0.2 + 1.0 + 1.0}
     assert work.shared_flops == pytest.approx(sum(value for _, value in flops))
@@ -77,10 +74,8 @@ def test_plan_compares_the_flops_of_sharing_with_those_of_lines_alone(
     assert once < alone < work.naive_flops
 
 
-def test_plan_counts_what_is_done_and_leaves_the_store_alone(
-    make_study: MakeStudy, tmp_path: Path
-) -> None:
-    study, ledger = make_study(), Ledger(tmp_path / "store")
+def test_plan_counts_what_is_done_and_leaves_the_store_alone(study: Study, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "store")
     assert plan(study, ledger).num_done == 0
     assert not ledger.store.exists()
     first = order(study)[0]
@@ -114,9 +109,8 @@ def test_plan_of_300_lines_computes_each_identity_once(
 
 
 def test_a_text_model_that_is_fine_tuned_directly_counts_up_to_its_milestone(
-    make_study: MakeStudy, tmp_path: Path
+    study: Study, tmp_path: Path
 ) -> None:
-    study = make_study((0.2, 1.0))
     chat = study.lines[0].result.of
     start = StartText(stage=chat.start.start.stage, completion=0.2, encoder=chat.start.encoder)
     direct = Evaluate(
@@ -129,8 +123,7 @@ def test_a_text_model_that_is_fine_tuned_directly_counts_up_to_its_milestone(
     assert needs["pretrain"] == {"1.0 0": 1.0, "d": 0.2, "text only": 1.0}
 
 
-def test_two_lines_of_one_name_are_refused(make_study: MakeStudy, tmp_path: Path) -> None:
-    study = make_study()
+def test_two_lines_of_one_name_are_refused(study: Study, tmp_path: Path) -> None:
     twice = study.model_copy(update={"lines": (*study.lines, study.lines[0])})
     with pytest.raises(ValueError, match=r"'0\.2 0' twice"):
         plan(twice, Ledger(tmp_path))
@@ -139,7 +132,7 @@ def test_two_lines_of_one_name_are_refused(make_study: MakeStudy, tmp_path: Path
 RESULT = Evaluate(of=tiny.TEXT, evaluation=tiny.EVALUATION.model_copy(update={"visual_tasks": ()}))
 
 
-def study(name: str = "kept") -> Study:
+def asks(name: str = "kept") -> Study:
     line = Line(name="line", axes={"x": 1}, result=RESULT)
     return Study(name=name, question="?", lines=(line,), figure=Figure(x="x", x_label="x"))
 
@@ -149,7 +142,7 @@ def ledger(tiny_ledger: Ledger, tmp_path: Path) -> Ledger:
     """Data, an encoder and a text run; a study that needs all but the encoder."""
     folder = tmp_path / "store"
     own = tiny.store_with(tiny_ledger, folder, tiny.DATA, tiny.ENCODER_STAGE, tiny.TEXT)
-    own.save_study(study())
+    own.save_study(asks())
     return own
 
 
@@ -163,7 +156,7 @@ UNNEEDED_DATA = {stage.name for stage in tiny.PREPARED[3:]}
 
 
 def test_a_stage_is_needed_by_the_studies_that_lead_to_it(ledger: Ledger) -> None:
-    ledger.save_study(study("other"))
+    ledger.save_study(asks("other"))
     needed = {stage.name: stage.studies for stage in stored_stages(ledger)}
     assert needed == {
         **dict.fromkeys((stage.name for stage in tiny.PREPARED[:3]), ("kept", "other")),

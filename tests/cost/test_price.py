@@ -1,6 +1,5 @@
 """What a plan costs on GPUs: hours, memory that fits, disk."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,23 +27,23 @@ from midstream.study.stages import Continue, Pretrain
 from midstream.study.store import Ledger
 from midstream.study.studies import Study
 
-MakeStudy = Callable[..., Study]
 A100 = GPUS["A100-80"]
 
 
 @pytest.fixture
-def work(make_study: MakeStudy, tmp_path: Path) -> Plan:
-    return plan(make_study(), Ledger(tmp_path))
+def work(study: Study, tmp_path: Path) -> Plan:
+    return plan(study, Ledger(tmp_path))
 
 
-def large(make_study: MakeStudy, name: str = "1b") -> Pretrain:
-    """A text stage at one of the paper's sizes."""
-    text = next(stage for stage in order(make_study()) if isinstance(stage, Pretrain))
+@pytest.fixture
+def large(study: Study) -> Pretrain:
+    """A text stage at the paper's size."""
+    text = next(stage for stage in order(study) if isinstance(stage, Pretrain))
     rows = Rows(row_length=2048, batch_rows=256, layout="joined")
     shares = (Share(source="stories", share=1.0),)
     budget = Mixture(total_tokens=28 * 10**9, shares=shares)
     training = text.training.model_copy(update={"rows": rows, "budget": budget})
-    return text.model_copy(update={"decoder": DECODERS[name], "training": training})
+    return text.model_copy(update={"decoder": DECODERS["1b"], "training": training})
 
 
 def with_data(study: Study, **changed: Any) -> Study:
@@ -86,8 +85,8 @@ def test_gpu_hours_follow_from_model_flops_peak_and_utilisation(work: Plan, tmp_
         Fleet(A100, utilisation=30)
 
 
-def test_done_stages_take_no_more_hours(make_study: MakeStudy, tmp_path: Path) -> None:
-    study, ledger = make_study(), Ledger(tmp_path)
+def test_done_stages_take_no_more_hours(study: Study, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
     before = price(plan(study, ledger), ledger, Fleet(A100))
     encoder = next(stage for stage in order(study) if stage.kind == "train_encoder")
     with ledger.open_stage(encoder) as opened:
@@ -98,11 +97,8 @@ def test_done_stages_take_no_more_hours(make_study: MakeStudy, tmp_path: Path) -
     assert after.kept_bytes == before.kept_bytes
 
 
-def test_memory_is_shared_by_ranks_and_falls_with_smaller_micro_batches(
-    make_study: MakeStudy,
-) -> None:
-    stage = large(make_study)
-    work = work_of(stage, None)
+def test_memory_is_shared_by_ranks_and_falls_with_smaller_micro_batches(large: Pretrain) -> None:
+    stage, work = large, work_of(large, None)
     one, eight = (memory(stage, work, Setting(ranks, 1)) for ranks in (1, 8))
     parameters = model_parameters(stage.model)
     assert one.weights + one.moments + one.gradients == 16 * parameters
@@ -115,9 +111,9 @@ def test_memory_is_shared_by_ranks_and_falls_with_smaller_micro_batches(
 
 
 def test_masks_are_blocks_on_a_gpu_and_dense_on_a_cpu_where_rows_are_not_cut_apart(
-    make_study: MakeStudy,
+    study: Study,
 ) -> None:
-    seen = next(stage for stage in order(make_study()) if isinstance(stage, Continue))
+    seen = next(stage for stage in order(study) if isinstance(stage, Continue))
     length, layers = 1024, seen.model.decoder.num_layers
     told = {"num_examples": 10_000, "num_tokens": 500_000, "num_targets": 200_000}
     expected = (
@@ -146,11 +142,12 @@ def test_masks_are_blocks_on_a_gpu_and_dense_on_a_cpu_where_rows_are_not_cut_apa
     assert kept - cut == pytest.approx(4 * layers * dense)
 
 
-def test_the_largest_micro_batch_that_fits_is_named(make_study: MakeStudy, tmp_path: Path) -> None:
-    stage = large(make_study)
-    study = make_study().model_copy(update={"lines": (), "baselines": {}})
-    result = make_study().baselines["text only"].model_copy(update={"of": stage})
-    study = study.model_copy(update={"baselines": {"text": result}})
+def test_the_largest_micro_batch_that_fits_is_named(
+    study: Study, large: Pretrain, tmp_path: Path
+) -> None:
+    stage = large
+    result = study.baselines["text only"].model_copy(update={"of": stage})
+    study = study.model_copy(update={"lines": (), "baselines": {"text": result}})
     ledger = Ledger(tmp_path)
     found = price(plan(study, ledger), ledger, Fleet(A100, 8))
     fit = next(one.fit for one in found.stages if one.row.stage.kind == "pretrain")
@@ -175,12 +172,12 @@ def test_the_largest_micro_batch_that_fits_is_named(make_study: MakeStudy, tmp_p
 
 
 def test_rows_that_fit_are_fewer_in_less_memory_and_more_with_recomputed_blocks(
-    make_study: MakeStudy, tmp_path: Path
+    large: Pretrain, tmp_path: Path
 ) -> None:
-    stage, ledger = large(make_study), Ledger(tmp_path)
+    ledger = Ledger(tmp_path)
 
     def rows(gib: int, **machine: object) -> int:
-        fit = rows_that_fit(stage, ledger, Machine.model_validate(machine), gib * 2**30)
+        fit = rows_that_fit(large, ledger, Machine.model_validate(machine), gib * 2**30)
         return fit.micro_rows
 
     assert 0 == rows(4) < rows(40) < rows(80)
@@ -192,10 +189,9 @@ def test_rows_that_fit_are_fewer_in_less_memory_and_more_with_recomputed_blocks(
 
 
 def test_disk_holds_milestones_with_moments_and_weights_of_the_rest(
-    make_study: MakeStudy, tmp_path: Path
+    work: Plan, tmp_path: Path
 ) -> None:
-    ledger = Ledger(tmp_path)
-    found = price(plan(make_study(), ledger), ledger, Fleet(A100))
+    found = price(work, Ledger(tmp_path), Fleet(A100))
     kept = {one.row.stage.kind: one for one in found.stages}
     text = kept["pretrain"].row.stage
     # At 20 and 100 %: float32 weights and two moments each.
@@ -206,7 +202,7 @@ def test_disk_holds_milestones_with_moments_and_weights_of_the_rest(
 
 
 def test_a_token_takes_four_bytes_where_its_tokenizer_has_more_ids_than_two_bytes_tell(
-    make_study: MakeStudy, tmp_path: Path
+    study: Study, tmp_path: Path
 ) -> None:
     told = ExpectedSource(
         name="stories", kind="text", num_examples=100, num_tokens=5_000, num_targets=2_000
@@ -216,20 +212,20 @@ def test_a_token_takes_four_bytes_where_its_tokenizer_has_more_ids_than_two_byte
         # Beside the words an end of text and the separator.
         Tokenizer(models.WordLevel({str(n): n for n in range(words)}, "0")).save(str(path))
         tokenizer = TokenizerFile.read(path)
-        study = with_data(make_study(), tokenizer=tokenizer, expected=(told,))
-        found = price(plan(study, Ledger(tmp_path)), Ledger(tmp_path), Fleet(A100))
+        other = with_data(study, tokenizer=tokenizer, expected=(told,))
+        found = price(plan(other, Ledger(tmp_path)), Ledger(tmp_path), Fleet(A100))
         (kept,) = (s.kept for s in found.stages if getattr(s.row.stage, "source", "") == "stories")
         assert kept == 5_000 * token + 100 * 24
 
 
-def test_expected_sources_price_a_study_whole(make_study: MakeStudy, tmp_path: Path) -> None:
+def test_expected_sources_price_a_study_whole(study: Study, tmp_path: Path) -> None:
     told = {"num_examples": 100, "num_tokens": 5_000, "num_targets": 2_000}
     expected = (
         ExpectedSource(name="stories", kind="text", **told),
         ExpectedSource(name="captions", kind="caption", num_images=100, **told),
         ExpectedSource(name="chats", kind="instruct", num_images=50, **told),
     )
-    work = plan(with_data(make_study(), expected=expected), Ledger(tmp_path))
+    work = plan(with_data(study, expected=expected), Ledger(tmp_path))
     assert work.num_unknown == 0
     assert work.num_expected == len([r for r in work.rows if "prepare" not in r.stage.kind])
     assert all(row.cost.flops is not None for row in work.rows)

@@ -221,7 +221,7 @@ def test_the_order_is_the_same_in_every_process() -> None:
     assert order == [0, 4, 5, 3, 1, 11, 6, 10, 8, 9, 7, 2]
 
 
-@pytest.mark.parametrize("sizes", [[1, 1], [3, 3], [3, 1, 2], [5, 4, 1], [1] * 9, [2, 2, 2, 1]])
+@pytest.mark.parametrize("sizes", [[1, 1], [3, 3], [5, 4, 1], [2, 2, 2, 1]])
 def test_blind_pictures_are_a_permutation_in_which_every_picture_changes(sizes: list[int]) -> None:
     images = [Path(f"{group}.jpg") for group, size in enumerate(sizes) for _ in range(size)]
     images = in_seeded_order(images, [""] * len(images), "mix")
@@ -265,11 +265,12 @@ def evaluated(folder: Path, fake: Fake, name: str, **options: Any) -> dict[str, 
     return row["tasks"][name]
 
 
-@pytest.mark.parametrize("by", ["probability", "text", "both"])
-@pytest.mark.parametrize("letters", ["letter", "likelihood"])
-def test_fixed_answers_by_probability_and_by_text(tmp_path: Path, by: str, letters: str) -> None:
+@pytest.mark.parametrize(
+    ("by", "likely"),
+    [("probability", False), ("probability", True), ("text", False), ("both", False)],
+)
+def test_fixed_answers_by_probability_and_by_text(tmp_path: Path, by: str, likely: bool) -> None:
     """The model likes the third count, and writes so."""
-    likely = letters == "likelihood" and by == "probability"
     fake = Fake(lambda prompt, _: "True" if "statement" in prompt else "2" if likely else "C")
     how = {"fixed_answers": by, "letters": "likelihood" if likely else "letter"}
     assert evaluated(tmp_path, fake, "vsr", **how)["score"] == pytest.approx(2 / 3)

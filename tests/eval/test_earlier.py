@@ -82,11 +82,12 @@ def again(
     return results, {prompt.split()[0] for prompt in fake.prompts}
 
 
-def edit(path: str, change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
+def edit(task: str, change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
     def apply(world: Path) -> None:
-        records = [json.loads(line) for line in (world / path).read_text().splitlines()]
+        (path,) = [*world.glob(f"bench/{task}/*.jsonl"), *world.glob(f"text_tasks/{task}.jsonl")]
+        records = [json.loads(line) for line in path.read_text().splitlines()]
         change(records)
-        write_lines(world / path, records)
+        write_lines(path, records)
 
     return apply
 
@@ -107,25 +108,25 @@ def add_unread(world: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "asked"),
+    ("changes", "asked"),
     [
-        (lambda world: None, set()),
-        (add_unread, set()),
-        (repaint, {"odd"}),
-        (other_chance, {"odd"}),
-        (edit("bench/odd/questions.jsonl", lambda r: r[1].update(answer="no")), {"odd"}),
-        (edit("bench/hue/questions.jsonl", lambda r: r[1].update(question="hue x?")), {"hue"}),
-        (edit("bench/hue/questions.jsonl", lambda r: r.pop()), {"hue"}),
-        (edit("text_tasks/letters.jsonl", lambda r: r[0].update(gold=1)), {"letters"}),
+        ([add_unread], set()),
+        ([repaint, edit("letters", lambda r: r[0].update(gold=1))], {"odd", "letters"}),
+        ([other_chance, edit("hue", lambda r: r[1].update(question="hue x?"))], {"odd", "hue"}),
+        (
+            [edit("odd", lambda r: r[1].update(answer="no")), edit("hue", lambda r: r.pop())],
+            {"odd", "hue"},
+        ),
     ],
 )
 def test_only_tasks_whose_content_changed_are_asked_again(
-    first: First, tmp_path: Path, change: Callable[[Path], None], asked: set[str]
+    first: First, tmp_path: Path, changes: list[Callable[[Path], None]], asked: set[str]
 ) -> None:
     root, before = first
     world = tmp_path / "elsewhere"
     shutil.copytree(root / "world", world)
-    change(world)
+    for change in changes:
+        change(world)
     results, heard = again(world, tmp_path / "out", root / "out")
     assert heard == asked
     fresh, everything = again(world, tmp_path / "fresh", tmp_path / "nothing")
@@ -200,9 +201,7 @@ def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
 ) -> None:
     for name in ("a", "b"):
         write_world(tmp_path / name)
-    edit("bench/odd/questions.jsonl", lambda rows: [row.update(answer="no") for row in rows])(
-        tmp_path / "b"
-    )
+    edit("odd", lambda rows: [row.update(answer="no") for row in rows])(tmp_path / "b")
     heard: list[str] = []
 
     def run(data: str) -> dict[str, float]:
@@ -219,9 +218,7 @@ def test_the_command_finds_the_score_of_a_changed_file_and_keeps_the_others(
     assert run(".") == {"hue": 0.75, "odd": 0.0, "letters": 0.5}
     assert heard == ["odd"]
     assert len(list((tmp_path / "out").glob("model-*"))) == 2
-    edit("text_tasks/letters.jsonl", lambda rows: [row.update(gold=0) for row in rows])(
-        tmp_path / "b"
-    )
+    edit("letters", lambda rows: [row.update(gold=0) for row in rows])(tmp_path / "b")
     assert run(".") == {"hue": 0.75, "odd": 0.0, "letters": 1.0}
     assert heard == ["letters"]
 

@@ -90,11 +90,10 @@ def test_a_file_that_is_cut_short_is_told(copied: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"do_sample": True, "temperature": 1.5, "top_p": 0.5, "num_beams": 3},
-        {"num_return_sequences": 2, "num_beams": 2, "return_dict_in_generate": True},
-        {"prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "temperature": 1.5, "top_p": 0.5, "num_beams": 3}
+        | {"num_return_sequences": 2, "return_dict_in_generate": True},
+        {"prompt_lookup_num_tokens": 3, "stop_strings": ["never written"]},
         {"penalty_alpha": 0.6, "top_k": 4},
-        {"stop_strings": ["never written"]},
     ],
 )
 def test_a_folders_own_way_of_generating_leaves_one_greedy_answer(

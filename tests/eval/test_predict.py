@@ -49,12 +49,6 @@ def test_an_answer_does_not_depend_on_its_neighbours(
     assert len(set(together)) >= 4
 
 
-def test_the_picture_changes_the_answer(answerer: ModelAnswerer, pictures: list[Path]) -> None:
-    question = QUESTIONS[0]
-    found = written(answerer, [question] * 7, [None, *pictures])
-    assert len(set(found)) >= 2
-
-
 def by_hand(answerer: ModelAnswerer, ids: list[int], picture: Path | None) -> list[int]:
     features = None
     if picture is not None:

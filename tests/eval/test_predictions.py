@@ -142,18 +142,11 @@ def gqa(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", ["official", "llava", "object", "list of text"])
-def test_every_form_of_file_gives_the_same_score(gqa: Path, tmp_path: Path, form: str) -> None:
+def test_official_files_have_the_official_score_and_its_parts(gqa: Path, tmp_path: Path) -> None:
     said = {"100": "red", "101": "no", "102": "t-shirt"}
-    rows: Any = {
-        "official": [{"questionId": key, "prediction": text} for key, text in said.items()],
-        "llava": [{"question_id": key, "text": f"{t.title()}."} for key, t in said.items()],
-        "object": said,
-        "list of text": [{"id": int(key), "answer": text} for key, text in said.items()],
-    }[form]
-    file = tmp_path / "predictions"
-    file.write_text(json.dumps(rows, indent=1))
-    row = score(gqa, rows) if form == "llava" else score_predictions(gqa, "gqa", file)
+    rows = [{"questionId": key, "prediction": text} for key, text in said.items()]
+    (tmp_path / "predictions").write_text(json.dumps(rows, indent=1))
+    row = score_predictions(gqa, "gqa", tmp_path / "predictions")
     assert row["score"] == pytest.approx(2 / 3)
     assert row["details"]["form=open"] == 1.0
     assert row["details"]["form=binary"] == 0.0
@@ -191,7 +184,6 @@ def test_questions_without_a_prediction_are_refused_or_counted(gqa: Path) -> Non
         ),
         ([{"question_id": "7", "answer": "a"}], r"has id 7, a question here is called 10"),
         ([{"question_id": "100"}], r"line 1 has no answer, only question_id"),
-        ([{"question_id": "100", "answer": True}], "line 1 has True under 'answer'"),
         (["red"], "line 1 is a str, not an object"),
         ([{"id": "100", "question": "?", "answer": "a", "text": "b"}], "both an 'answer' and a"),
     ],
@@ -442,13 +434,10 @@ def test_one_text_for_every_question_is_none(gqa: Path) -> None:
 SAID = {"100": "red", "101": 'no, "not"\nat all', "102": "t-shirt"}
 
 
-@pytest.mark.parametrize("separator", ["\t", ","])
-def test_a_table_is_read_whose_answer_column_is_the_right_one(
-    gqa: Path, tmp_path: Path, separator: str
-) -> None:
+def test_a_table_is_read_whose_answer_column_is_the_right_one(gqa: Path, tmp_path: Path) -> None:
     path = tmp_path / "predictions"
     with path.open("w", newline="") as stream:
-        writer = csv.writer(stream, delimiter=separator)
+        writer = csv.writer(stream)
         writer.writerow(["index", "question", "answer", "prediction"])
         for number, (key, said) in enumerate(SAID.items()):
             writer.writerow([key, f"What is {number}?", "gold", said])
@@ -457,7 +446,7 @@ def test_a_table_is_read_whose_answer_column_is_the_right_one(
     path.write_text(path.read_text().replace("prediction", "words"))
     with pytest.raises(ValueError, match=r"row 2 has no answer, .* VLMEvalKit's .*add prediction$"):
         read_predictions(path)
-    path.write_text(f"index{separator}prediction\n1\n")
+    path.write_text("index,prediction\n1\n")
     with pytest.raises(ValueError, match="row 2 has 1 cells, the first row names 2 columns"):
         read_predictions(path)
 

@@ -25,24 +25,19 @@ NAMING_NONE = """Two dogs|The|A man|A dog.|E||AB|(AB)|A's leaf|a-shaped|A or B|A
 a, c, and d|The answer is a dog.|Answer|answering A|Both A and B|I'm sure"""
 
 
-@pytest.mark.parametrize("text", [*re.split(r"[|\n]", NAMING_B), "B\nBecause it is."])
-def test_a_letter_is_an_answer(text: str) -> None:
-    assert choice_letter(text, 4) == 1
+def test_a_letter_is_an_answer_and_a_word_is_none() -> None:
+    for text in [*re.split(r"[|\n]", NAMING_B), "B\nBecause it is."]:
+        assert choice_letter(text, 4) == 1, text
+    for text in re.split(r"[|\n]", NAMING_NONE):
+        assert choice_letter(text, 4) is None, text
 
 
-@pytest.mark.parametrize("text", re.split(r"[|\n]", NAMING_NONE))
-def test_a_word_is_none(text: str) -> None:
-    assert choice_letter(text, 4) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "index"),
-    [("The Mouth.", 0), ("b", 1), ("2", 2), ("two", 2), ("eye socket", None), ("C", 2)],
-)
-def test_an_options_whole_text_names_it_where_no_letter_does(text: str, index: int | None) -> None:
+def test_an_options_whole_text_names_it_where_no_letter_does() -> None:
     options = ("mouth", "eye", "2")
-    assert named_option(text, options) == index
-    assert letter_accuracy(text, {"index": 0, "choices": options}) == float(index == 0)
+    said = {"The Mouth.": 0, "b": 1, "2": 2, "two": 2, "eye socket": None, "C": 2}
+    for text, index in said.items():
+        assert named_option(text, options) == index
+        assert letter_accuracy(text, {"index": 0, "choices": options}) == float(index == 0)
 
 
 def test_equal_options_are_named_by_their_letters_alone() -> None:

@@ -1,7 +1,7 @@
 """Hand-worked cases, one rule of the official scorers each."""
 
 import math
-import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,9 @@ def ten(*answers: str) -> list[str]:
 
 
 # Two of ten agree: those two see one other, the eight see two: (2 * 1/3 + 8 * 2/3) / 10.
-@pytest.mark.parametrize(
-    ("agreeing", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)]
-)
-def test_vqa_accuracy_leaves_each_person_out_in_turn(agreeing: int, expected: float) -> None:
-    assert vqa_accuracy("cat", ten(*["cat"] * agreeing)) == pytest.approx(expected)
+def test_vqa_accuracy_leaves_each_person_out_in_turn() -> None:
+    for agreeing, expected in ((0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)):
+        assert vqa_accuracy("cat", ten(*["cat"] * agreeing)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +70,10 @@ def test_vqa_normalisation_makes_these_equal(prediction: str, answer: str) -> No
     assert vqa_accuracy(prediction, ten(*[answer] * 9)) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("prediction", "answer"),
-    [("3.5", "35"), ("its", "it's"), ("eleven", "11"), ("t-shirt", "tshirt"), ("'tis", "tis")],
-)
-def test_vqa_normalisation_keeps_these_apart(prediction: str, answer: str) -> None:
-    assert vqa_accuracy(prediction, ten(*[answer] * 9)) == 0.0
+def test_vqa_normalisation_keeps_these_apart() -> None:
+    apart = {"3.5": "35", "its": "it's", "eleven": "11", "t-shirt": "tshirt", "'tis": "tis"}
+    for prediction, answer in apart.items():
+        assert vqa_accuracy(prediction, ten(*[answer] * 9)) == 0.0, prediction
 
 
 def test_vqa_strips_only_the_first_32_periods() -> None:
@@ -166,29 +162,16 @@ def test_pope_reads_answers_by_the_official_rule(text: str, answer: str) -> None
     assert pope_answer(text) == answer
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "left",
-        "[0.1, 0.2, 0.3]",
-        "[0.1, 0.2, 0.3, 0.4, 0.5]",
-        "(0.1, 0.2, 0.3, 0.4)",
-        "[0.1, 0.2, 0.3, 1.4]",
-        "[-0.1, 0.2, 0.3, 0.4]",
-        "[0.3, 0.2, 0.3, 0.4]",
-        "[0.1, 0.5, 0.3, 0.4]",
-        "['0.1', 0.2, 0.3, 0.4]",
-        "[True, 0.2, 0.3, 0.4]",
-        "[0.1, 0.2, 0.3, 0.4] it is",
-        "[0.1, 0.2, 0.3, __import__('os')]",
-        "[nan, 0.2, 0.3, 0.4]",
-        "[" * 5000,
-    ],
-)
-def test_parse_box_refuses_everything_but_a_list_of_four_ordered_shares(text: str) -> None:
-    assert parse_box(text) is None
-    assert box_accuracy(text, [0.1, 0.2, 0.3, 0.4], threshold=0.0) == 0.0
+NO_BOXES = """left|[0.1, 0.2, 0.3]|[0.1, 0.2, 0.3, 0.4, 0.5]|(0.1, 0.2, 0.3, 0.4)
+[0.1, 0.2, 0.3, 1.4]|[-0.1, 0.2, 0.3, 0.4]|[0.3, 0.2, 0.3, 0.4]|[0.1, 0.5, 0.3, 0.4]
+['0.1', 0.2, 0.3, 0.4]|[True, 0.2, 0.3, 0.4]|[0.1, 0.2, 0.3, 0.4] it is
+[0.1, 0.2, 0.3, __import__('os')]|[nan, 0.2, 0.3, 0.4]"""
+
+
+def test_parse_box_refuses_everything_but_a_list_of_four_ordered_shares() -> None:
+    for text in [*re.split(r"[|\n]", NO_BOXES), "", "[" * 5000]:
+        assert parse_box(text) is None, text
+        assert box_accuracy(text, [0.1, 0.2, 0.3, 0.4], threshold=0.0) == 0.0
 
 
 def test_box_iou_is_shared_area_over_joint_area() -> None:
@@ -350,29 +333,6 @@ def test_standard_error_of_independent_scores_is_the_plain_formula() -> None:
     mean = sum(scores) / 5
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 4)
     assert standard_error(scores) == pytest.approx(deviation / math.sqrt(5))
-
-
-def test_standard_error_does_not_shrink_when_every_question_is_asked_four_times() -> None:
-    scores = [float(random.Random(index).random() < 0.5) for index in range(40)]
-    once = standard_error(scores)
-    groups = [str(index) for index in range(40)] * 4
-    assert once is not None
-    assert standard_error(scores * 4, groups) == pytest.approx(once)
-    wrong = standard_error(scores * 4)
-    assert wrong is not None
-    assert wrong < 0.6 * once
-
-
-def test_standard_error_over_splits_agrees_with_repeated_sampling() -> None:
-    sizes, rates = {"a": 60, "b": 20}, {"a": 0.9, "b": 0.4}
-    splits = [split for split, size in sizes.items() for _ in range(size)]
-    draws = random.Random(1)
-    samples = [[float(draws.random() < rates[split]) for split in splits] for _ in range(800)]
-    means = [mean_by_split(sample, splits) for sample in samples]
-    centre = sum(means) / len(means)
-    spread = math.sqrt(sum((mean - centre) ** 2 for mean in means) / len(means))
-    errors = [standard_error(sample, splits=splits) or 0.0 for sample in samples]
-    assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.1)
 
 
 def test_standard_error_says_nothing_about_a_single_picture() -> None:

@@ -1,10 +1,12 @@
 """Pages without their drawings, for tests of what the pages say."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from made_studies import write_report
 from made_whole import fill, make_study
 from PIL import Image, ImageDraw
@@ -43,14 +45,23 @@ def study() -> Study:
 
 @pytest.fixture(scope="session")
 def finished(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store with its report; read only."""
-    root = tmp_path_factory.mktemp("report")
+    """A finished store with its report, which the first worker to ask for it makes; read only."""
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "report"
+    with FileLock(root.with_suffix(".lock")):
+        if not (root / "whole").exists():
+            make_whole(study, root)
+            (root / "whole").touch()
+    return root / "store"
+
+
+def make_whole(study: Study, root: Path) -> None:
+    (root / "pictures").mkdir(parents=True)
     for index in range(12):
         size = 48 if index % 2 else 320
         image = Image.new("RGB", (size, size * 3 // 4), "#dfe8ee")
         draw = ImageDraw.Draw(image)
         draw.rectangle((size // 8, size // 8, size // 2, size // 2), fill=(200, 20 * index, 40))
-        (root / "pictures").mkdir(exist_ok=True)
         image.save(root / "pictures" / f"{index}.png")
     fill(Ledger(root / "store"), study, root / "pictures")
     # One real drawing stands for the curves of all stages, to save the time of 28.
@@ -60,7 +71,6 @@ def finished(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("midstream.report.page.curve_figure", lambda _: drawn)
         write_report(study, Ledger(root / "store"))
-    return root / "store"
 
 
 @pytest.fixture

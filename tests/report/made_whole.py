@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import tiny
 from midstream import config
 from midstream.core.storage import read_json, write_json
 from midstream.cost.graph import order
@@ -19,7 +20,6 @@ from midstream.study.stages import (
     Evaluate,
     Finetune,
     FromScratch,
-    Prepare,
     PrepareSource,
     Pretrain,
     Stage,
@@ -40,36 +40,14 @@ TASKS = {"colours": ("vision", 0.25), "yes_no": ("vision", 0.5), "cloze": ("text
 
 def make_study() -> Study:
     """Four shares of text pre-training, three seeds, two text-only baselines."""
-    data = Prepare(world=config.PocketWorld(), tokenizer=config.TrainedTokenizer(vocab_size=512))
-    decoder = config.DecoderConfig(hidden_size=64, num_layers=2, num_heads=2, vocab_size=512)
-    seeing = config.EncoderConfig(
-        image_size=32, patch_size=8, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64
-    )
-    cosine = config.WarmupCosine(peak_rate=1e-3, warmup_fraction=0.05)
-    encoder = TrainEncoder(
-        data=data,
-        encoder=seeing,
-        training=config.ContrastiveTraining(
-            source="scenes", text_hidden_size=32, text_num_layers=1, num_steps=300, schedule=cosine
-        ),
-    )
 
     def training(seed: int, tokens: int, *sources: str) -> config.Training:
-        shares = tuple(config.Share(source=name, share=1 / len(sources)) for name in sources)
-        return config.Training(
-            budget=config.Mixture(total_tokens=tokens, shares=shares),
-            rows=config.Rows(row_length=128, batch_rows=8),
-            schedule=cosine,
-            seed=seed,
-        )
+        budget = tiny.mixture(tokens, **dict.fromkeys(sources, 1 / len(sources)))
+        return config.Training(budget=budget, rows=tiny.ROWS, schedule=tiny.warm(), seed=seed)
 
     def text_run(seed: int) -> Pretrain:
-        return Pretrain(
-            data=data,
-            decoder=decoder,
-            training=training(seed, 1_000_000, "stories"),
-            milestones=(0.2, 0.8, 1.0),
-        )
+        changes = {"training": training(seed, 1_000_000, "web"), "milestones": (0.2, 0.8, 1.0)}
+        return tiny.TEXT.model_copy(update=changes)
 
     asked = config.Evaluation(visual_tasks=("colours", "yes_no"), text_tasks=("cloze",))
 
@@ -77,14 +55,10 @@ def make_study() -> Study:
         start = FromScratch()
         if percent:
             start = ContinueFrom(stage=text_run(seed), completion=percent / 100)
-        seen = Continue(
-            data=data,
-            encoder=encoder,
-            decoder=decoder,
-            start=start,
-            training=training(seed, 400_000, "stories", "scenes"),
+        seen = tiny.SEEN.model_copy(
+            update={"start": start, "training": training(seed, 400_000, "web", "pictures")}
         )
-        tuned = Finetune(start=seen, training=training(seed, 100_000, "dialogues"))
+        tuned = Finetune(start=seen, training=training(seed, 100_000, "talks"))
         return Line(
             name=f"{percent} %, seed {seed}",
             axes={"percent": percent, "seed": seed},
@@ -119,9 +93,9 @@ def fill(ledger: Ledger, study: Study, pictures: Path) -> None:
         if isinstance(stage, PrepareSource):
             source = {"num_examples": 900, "num_images": 0, "dropped": {}}
             sources = {
-                "stories": source | {"kind": "text", "num_tokens": 2_000_000},
-                "scenes": source | {"kind": "caption", "num_tokens": 90_000, "num_images": 6000},
-                "dialogues": source | {"kind": "instruct", "num_tokens": 200_000},
+                "web": source | {"kind": "text", "num_tokens": 2_000_000},
+                "pictures": source | {"kind": "caption", "num_tokens": 90_000, "num_images": 6000},
+                "talks": source | {"kind": "instruct", "num_tokens": 200_000},
             }
             finish(ledger, stage, common | sources[stage.source])
         elif isinstance(stage, DataStage):

@@ -276,6 +276,7 @@ def test_the_command_reports_a_suite_and_a_study_of_it_and_writes_the_summary(
     assert ended.exit_code == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rows_are_described_in_columns_of_words(filled: Ledger) -> None:
     labels = {"20": {"stages": "text, image-text", "mixture": HOSTILE}}
     study = tabled(labels=labels)
@@ -288,6 +289,7 @@ def test_rows_are_described_in_columns_of_words(filled: Ledger) -> None:
     assert "<script>alert" not in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_that_asks_only_text_shows_nothing_of_vision(ledger: Ledger) -> None:
     whole = made.study({(20,): (0.2, 0.3), (80,): (0.4, 0.5)})
     asked = made.ASKED.model_copy(update={"visual_tasks": ()})

@@ -176,9 +176,7 @@ def test_a_rise_over_all_places_is_decided_where_neighbours_are_not(ledger: Ledg
     assert "Vision, stable is 8.5 points higher at x 100 than at x 0" in trend.sentence
 
 
-def test_a_curve_that_goes_both_ways_shows_no_trend_and_two_places_are_none(
-    ledger: Ledger,
-) -> None:
+def test_a_curve_that_goes_both_ways_shows_no_trend_and_two_places_are_none(ledger: Ledger) -> None:
     scores = {(0,): (0.1, 0.2, 0.1), (20,): (0.5, 0.4, 0.5), (80,): (0.2, 0.1, 0.1)}
     assert trend_of(ledger, scores).verdict_words == "not decided"
     other = Ledger(ledger.store / "two")

@@ -57,17 +57,6 @@ def test_page_says_which_stages_the_repetitions_share(study: Study, finished: Pa
     )
 
 
-def test_page_says_when_a_budget_is_missed(study: Study, store: Ledger) -> None:
-    assert "All 39 budgets" in write_report(study, store).read_text()
-    stage = study.lines[0].result.of
-    sources = store.results(stage)["sources"]
-    sources["dialogues"]["realised_tokens"] = 100_098
-    change(store, stage, sources=sources)
-    text = write_report(study, store).read_text()
-    assert "In 1 of 39 budgets" in text
-    assert "at worst by 98 tokens" in text
-
-
 def test_pictures_are_found_after_the_store_has_moved(study: Study, store: Ledger) -> None:
     prepared = store.folder(study.lines[0].result.of.data.laid_out[0])
     (prepared / "world").mkdir()
@@ -80,33 +69,24 @@ def test_pictures_are_found_after_the_store_has_moved(study: Study, store: Ledge
     assert "picture missing" not in write_report(study, store).read_text()
 
 
-def test_page_changes_with_a_result(study: Study, store: Ledger) -> None:
-    before = write_report(study, store).read_text()
-    stage = study.lines[4].result
-    tasks = store.results(stage)["tasks"]
-    tasks["colours"]["score"] = 0.98765
-    change(store, stage, tasks=tasks, stable={"vision": 0.87654, "vision_blind": 0, "text": 0.1})
-    after = write_report(study, store).read_text()
-    assert "98.8" in after
-    assert "87.7" in after
-    assert "98.8" not in before
-    assert "87.7" not in before
-    assert "is at <strong>Text pre-training done (%) = 20</strong>" in " ".join(after.split())
-
-
-def test_page_shows_realised_tokens_padding_and_memory_of_the_store(
-    study: Study, store: Ledger
+def test_page_changes_with_scores_realised_tokens_padding_and_memory_of_the_store(
+    study: Study, finished: Path, store: Ledger
 ) -> None:
-    stage = study.lines[0].result.of
-    sources = store.results(stage)["sources"]
-    sources["dialogues"]["realised_tokens"] = 123_456
-    change(store, stage, sources=sources, pad_fraction=0.4321, peak_memory_bytes=7 * 2**30)
-    text = write_report(study, store).read_text()
-    assert "123,456" in text
-    assert "+23,456" in text
-    assert "43.2 %" in text
-    assert "7.0 GiB" in text
-    assert stage.identity[:7] in text
+    before = page_of(finished)
+    assert "All 39 budgets" in before
+    asked, trained = study.lines[4].result, study.lines[0].result.of
+    tasks, sources = store.results(asked)["tasks"], store.results(trained)["sources"]
+    tasks["colours"]["score"] = 0.98765
+    change(store, asked, tasks=tasks, stable={"vision": 0.87654, "vision_blind": 0, "text": 0.1})
+    sources["talks"]["realised_tokens"] = 100_098
+    change(store, trained, sources=sources, pad_fraction=0.4321, peak_memory_bytes=7 * 2**30)
+    after = write_report(study, store).read_text()
+    for text in ("98.8", "87.7", "100,098", "In 1 of 39 budgets", "at worst by 98 tokens"):
+        assert text in after
+        assert text not in before
+    for text in ("+98", "43.2 %", "7.0 GiB", trained.identity[:7]):
+        assert text in after
+    assert "is at <strong>Text pre-training done (%) = 20</strong>" in " ".join(after.split())
 
 
 def test_page_says_what_sharing_saved(study: Study, finished: Path) -> None:
@@ -122,18 +102,6 @@ def test_hostile_predictions_are_shown_as_text(finished: Path) -> None:
     assert "&lt;script&gt;alert(" in text
     assert "<script" not in text
     assert "<img src=x" not in text
-
-
-def test_hostile_names_notes_and_errors_are_shown_as_text(study: Study, store: Ledger) -> None:
-    hostile = study.model_copy(
-        update={"question": f"why {HOSTILE}?", "notes": (HOSTILE,), "name": "when"}
-    )
-    stage = study.lines[0].result
-    (store.folder(stage) / "SUCCESS").unlink()
-    store.mark_failed(stage, f"boom {HOSTILE}")
-    text = write_report(hostile, store).read_text()
-    assert text.count("&lt;script&gt;") >= 3
-    assert "<script" not in text
 
 
 def test_page_needs_no_network_and_no_scripts(finished: Path) -> None:
@@ -206,16 +174,21 @@ def test_a_store_that_takes_no_report_is_refused_with_the_way_out(
     assert "--out DIR" in result.stderr
 
 
-def test_missing_and_failed_stages_are_said_first(study: Study, store: Ledger) -> None:
+def test_missing_and_failed_stages_are_said_first_and_hostile_words_are_shown_as_text(
+    study: Study, store: Ledger
+) -> None:
     gone, broken = study.lines[3].result, study.lines[9].result.of
     shutil.rmtree(store.folder(gone))
     (store.folder(broken) / "SUCCESS").unlink()
-    store.mark_failed(broken, "the loss became inf at step 12")
+    store.mark_failed(broken, f"the loss became inf at step 12 {HOSTILE}")
     (store.folder(study.lines[9].result) / "SUCCESS").unlink()
     rows = flat_rows(study, store)
     assert rows[3]["stable.vision"] is None
     assert rows[3]["state"] == "new"
-    text = write_report(study, store).read_text()
+    hostile = study.model_copy(update={"question": f"why {HOSTILE}?", "notes": (HOSTILE,)})
+    text = write_report(hostile, store).read_text()
+    assert text.count("&lt;script&gt;") >= 3
+    assert "<script" not in text
     before, _, after = text.partition('aria-label="The answer"')
     assert f"3 of {len(order(study))} stages are not done" in before
     assert gone.identity[:7] in before

@@ -10,7 +10,7 @@ from midstream.cost.graph import plan
 from midstream.cost.price import sizes_price
 from midstream.report.gather import exports, gather
 from midstream.report.line_rows import line_rows
-from midstream.report.page import summary_text
+from midstream.report.page import summary_text, write_facts
 from midstream.report.size_laws import Laws, laws_of
 from midstream.study.axes import with_field
 from midstream.study.stages import Evaluate
@@ -85,10 +85,17 @@ def test_a_left_out_size_that_keeps_the_law_is_told_and_one_that_does_not_is_sai
 ) -> None:
     study = make()
     fill(ledger, study)
-    law = first_loss(laws(study, ledger))
+    found = laws(study, ledger)
+    law = first_loss(found)
     assert [rung.inside for rung in law.rungs] == 2 * [None, None, None, True]
     assert "exponent" in law.sentence
     told = law.rungs[3].told
+    # Effects grow along the sizes.
+    effect = next(law for law in found if law.title.startswith("Vision"))
+    assert effect.title == "Vision, stable: share 50 less share 10"
+    assert "+5." in effect.sentence or "+4." in effect.sentence
+    assert len(effect.rungs) == len(WIDTHS)
+    assert effect.rungs[-1].inside is True
     fill(ledger, study, w64=1.2)
     moved = first_loss(laws(study, ledger))
     assert moved.rungs[3].told == told  # the fit never sees it
@@ -115,21 +122,11 @@ def test_what_is_not_told_is_a_sentence_with_its_reason(ledger: Ledger) -> None:
     assert {rung.told for rung in law.rungs} == {None}
 
 
-def test_effects_grow_along_the_sizes(ledger: Ledger) -> None:
-    study = make()
-    fill(ledger, study)
-    law = next(law for law in laws(study, ledger) if law.title.startswith("Vision"))
-    assert law.title == "Vision, stable: share 50 less share 10"
-    assert "+5." in law.sentence or "+4." in law.sentence
-    assert len(law.rungs) == len(WIDTHS)
-    assert law.rungs[-1].inside is True
-
-
 def test_page_summary_and_tables_have_the_laws(ledger: Ledger, undrawn: None) -> None:
     study = make()
     fill(ledger, study, answers=True)
     facts = gather(study, ledger)
-    made.write_report(study, ledger)
+    write_facts(facts)
     folder = ledger.store / "reports" / "ladder"
     assert {path.suffix for path in folder.glob("ladder.*")} == {
         ".svg",

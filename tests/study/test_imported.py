@@ -1,7 +1,5 @@
 """The record of an imported folder, as planning reads it."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +176,3 @@ def test_a_plan_tells_what_is_wrong_with_an_imported_model(tmp_path: Path) -> No
     assert ["holds another model" in one for one in told(three)] == [True]
     whole(tmp_path / "whole", SEES, content="0" * 16)
     assert ["the plan was made with fedcba9876543210" in one for one in told(loaded)] == [True]
-
-
-def test_reading_a_record_needs_neither_torch_nor_transformers(imported: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from midstream.study.imported import read_import; "
-        f"read_import(Path({str(imported)!r})); "
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr

@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from midstream.study import store as ledger_module
 from midstream.study.stages import PrepareWorld, Stage, stage_from_json
 from midstream.study.store import Ledger, Stopped, launch_lock
 from midstream.study.studies import Study, Suite
-
-MakeStudy = Callable[..., Study]
 
 # A worker that opens the stage given on its standard input and then waits.
 HOLD = """
@@ -33,8 +30,8 @@ with Ledger(Path(sys.argv[1])).open_stage(stage) as work:
 
 
 @pytest.fixture
-def stage(make_study: MakeStudy) -> Stage:
-    return order(make_study())[0]
+def stage(study: Study) -> Stage:
+    return order(study)[0]
 
 
 @pytest.fixture
@@ -204,9 +201,7 @@ def test_leftovers_of_a_killed_writer_are_removed(ledger: Ledger, stage: Stage) 
         work.finish({})
 
 
-def test_a_folder_of_another_stage_is_refused(
-    ledger: Ledger, stage: Stage, make_study: MakeStudy
-) -> None:
+def test_a_folder_of_another_stage_is_refused(ledger: Ledger, stage: Stage) -> None:
     assert isinstance(stage, PrepareWorld)
     other = PrepareWorld(world=stage.world.model_copy(update={"seed": 5}))
     folder = ledger.folder(stage)
@@ -277,8 +272,7 @@ def test_predictions_that_are_missing_are_told_with_those_there_are(
         ledger.predictions(stage, "pope")
 
 
-def test_a_study_is_kept_and_read_by_name(ledger: Ledger, make_study: MakeStudy) -> None:
-    study = make_study()
+def test_a_study_is_kept_and_read_by_name(ledger: Ledger, study: Study) -> None:
     assert ledger.study_names() == []
     with pytest.raises(FileNotFoundError, match="it has none"):
         ledger.load_study("small")
@@ -290,9 +284,8 @@ def test_a_study_is_kept_and_read_by_name(ledger: Ledger, make_study: MakeStudy)
         ledger.load_study("large")
 
 
-def test_a_study_has_a_name_that_its_files_can_have(ledger: Ledger, make_study: MakeStudy) -> None:
+def test_a_study_has_a_name_that_its_files_can_have(ledger: Ledger, study: Study) -> None:
     """One that lay elsewhere would not be found again, and its stages be taken for unneeded."""
-    study = make_study()
     values = study.model_dump()
     for name in ("", "a/b", "../up", ".mine", "two\nlines", "n" * 300):
         with pytest.raises(ValidationError, match=r"study's name is that of its files.*give it"):

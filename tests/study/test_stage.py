@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,17 @@ from midstream.study.stages import (
 )
 from midstream.study.studies import Study
 
-MakeStudy = Callable[..., Study]
+
+@pytest.fixture
+def chat(study: Study) -> Finetune:
+    """The fine-tuning of the study's first line, from its 20 % of text."""
+    found = study.lines[0].result.of
+    assert isinstance(found, Finetune)
+    return found
 
 
-def test_every_kind_of_stage_keeps_its_identity_through_json(make_study: MakeStudy) -> None:
-    stages = order(make_study())
+def test_every_kind_of_stage_keeps_its_identity_through_json(study: Study, chat: Finetune) -> None:
+    stages = order(study)
     assert {stage.kind for stage in stages} == {
         "prepare_world",
         "prepare_tokenizer",
@@ -36,7 +41,6 @@ def test_every_kind_of_stage_keeps_its_identity_through_json(make_study: MakeStu
         "finetune",
         "evaluate",
     }
-    chat = next(stage for stage in stages if isinstance(stage, Finetune))
     seen = chat.start
     assert isinstance(seen, Continue)
     assert isinstance(seen.start, ContinueFrom)
@@ -52,9 +56,7 @@ def test_every_kind_of_stage_keeps_its_identity_through_json(make_study: MakeStu
         assert read.name == stage.name
 
 
-def test_a_change_in_an_ancestor_changes_every_descendant(make_study: MakeStudy) -> None:
-    chat = make_study().lines[0].result.of
-    assert isinstance(chat, Finetune)
+def test_a_change_in_an_ancestor_changes_every_descendant(chat: Finetune) -> None:
     seen = chat.start
     assert isinstance(seen.start, ContinueFrom)
     text = seen.start.stage
@@ -68,8 +70,8 @@ def test_a_change_in_an_ancestor_changes_every_descendant(make_study: MakeStudy)
         assert one.identity != other.identity
 
 
-def test_a_changed_copy_has_a_model_of_its_own(make_study: MakeStudy) -> None:
-    seen = next(stage for stage in order(make_study()) if isinstance(stage, Continue))
+def test_a_changed_copy_has_a_model_of_its_own(chat: Finetune) -> None:
+    seen = chat.start
     projector, other = seen.model.projector, ProjectorConfig(num_layers=1)
     changed = seen.model_copy(update={"projector": other})
     assert changed.model.projector == other != projector
@@ -77,13 +79,13 @@ def test_a_changed_copy_has_a_model_of_its_own(make_study: MakeStudy) -> None:
     assert stage_from_json(seen.model_dump_json()) == seen
 
 
-def test_a_changed_copy_has_an_identity_of_its_own(make_study: MakeStudy) -> None:
+def test_a_changed_copy_has_an_identity_of_its_own(study: Study) -> None:
     changes = {
         "prepare_world": ("world", "seed"),
         "prepare_tokenizer": ("tokenizer", "vocab_size"),
         "evaluate": ("evaluation", "limit"),
     }
-    for stage in order(make_study()):
+    for stage in order(study):
         first = stage.identity
         assert stage.model_copy().identity == stage.model_copy(deep=True).identity == first
         if stage.kind == "prepare_source":
@@ -99,11 +101,8 @@ def test_a_changed_copy_has_an_identity_of_its_own(make_study: MakeStudy) -> Non
         assert stage.identity == first
 
 
-def test_stages_name_what_they_read_as_parents(make_study: MakeStudy) -> None:
-    study = make_study()
+def test_stages_name_what_they_read_as_parents(study: Study, chat: Finetune) -> None:
     result = study.lines[0].result
-    chat = result.of
-    assert isinstance(chat, Finetune)
     seen = chat.start
     kinds = [stage.kind for stage in result.parents]
     assert kinds == ["finetune", "prepare_tokenizer", "prepare_world", "train_encoder"]
@@ -116,16 +115,16 @@ def test_stages_name_what_they_read_as_parents(make_study: MakeStudy) -> None:
     assert kinds == ["pretrain", "prepare_tokenizer", "prepare_world"]
 
 
-def test_stages_of_another_kind_are_refused_where_they_do_not_fit(make_study: MakeStudy) -> None:
-    result = make_study().lines[0].result
+def test_stages_of_another_kind_are_refused_where_they_do_not_fit(study: Study) -> None:
+    result = study.lines[0].result
     with pytest.raises(ValidationError):
         Evaluate(of=result.of.data, evaluation=result.evaluation)
     with pytest.raises(ValidationError):
         stage_from_json('{"kind": "distil"}')
 
 
-def test_an_imported_model_has_no_milestone_to_fine_tune(make_study: MakeStudy) -> None:
-    seen = make_study().lines[0].result.of.start
+def test_an_imported_model_has_no_milestone_to_fine_tune(chat: Finetune) -> None:
+    seen = chat.start
     loaded = LoadDecoder(
         data=seen.data, checkpoint=Imported(folder=Path("x"), content="x"), decoder=seen.decoder
     )
@@ -134,10 +133,8 @@ def test_an_imported_model_has_no_milestone_to_fine_tune(make_study: MakeStudy) 
 
 
 def test_fine_tuning_cuts_what_is_longer_than_its_row_and_other_stages_refuse_it(
-    make_study: MakeStudy,
+    chat: Finetune,
 ) -> None:
-    chat = make_study().lines[0].result.of
-    assert isinstance(chat, Finetune)
     assert (overflow_of(chat), overflow_of(chat.start)) == ("cut", "refuse")  # type: ignore[arg-type]
     for asked in ("cut", "refuse"):
         rows = chat.training.rows.model_copy(update={"overflow": asked})

@@ -11,20 +11,21 @@ from safetensors.torch import load_file
 import tiny
 from midstream.config import Machine
 from midstream.model.weights import read_tensors
-from midstream.study.stages import Continue, ContinueFrom, FromScratch
+from midstream.study.stages import Continue, ContinueFrom
 from midstream.study.store import Ledger
 from midstream.train import checkpoint
 from ranked import STOPPED, run_ranks
 
-# Forty steps of captions beside documents: rows of 1 to 190 targets.
+# Some thirty steps of captions beside documents: rows of 1 to 190 targets.
 LONG = tiny.image_run(
     ContinueFrom(stage=tiny.TEXT, completion=0.4, optimizer="carry"),
     # So few views of each picture that features are not stored, which is asked to stop as well.
-    budget=tiny.mixture(30_000, pictures=0.2, web=0.8).model_copy(update={"max_epochs": 4}),
+    budget=tiny.mixture(22_000, pictures=0.2, web=0.8).model_copy(update={"max_epochs": 4}),
     checkpoint_every_steps=100,
 )
+# Rows of few pictures, one a micro-batch: some hold none, and at the end a rank has no row.
 OWN_ENCODER = tiny.image_run(
-    budget=tiny.mixture(5_000, pictures=0.3, web=0.7), encoder_rate_factor=0.1
+    budget=tiny.mixture(4_000, pictures=0.1, web=0.9), encoder_rate_factor=0.1
 )
 FROZEN_DECODER = tiny.image_run(
     budget=tiny.mixture(5_000, pictures=0.3, web=0.7), encoder_rate_factor=0.1, freeze_decoder=True
@@ -69,7 +70,7 @@ def check_equal(found: Ledger, expected: Ledger, stage: Continue) -> None:
     [
         (LONG, 2, {}),
         pytest.param(LONG, 4, {}, marks=pytest.mark.faults),
-        (LONG, 2, {"shard_ranks": 1}),
+        (OWN_ENCODER, 2, {"micro_batch_rows": 1, "shard_ranks": 1}),
         pytest.param(LONG, 4, {"shard_ranks": 2}, marks=pytest.mark.faults),
         (OWN_ENCODER, 2, {"micro_batch_rows": 1}),
         pytest.param(FROZEN_DECODER, 2, {"micro_batch_rows": 1}, marks=pytest.mark.faults),
@@ -89,7 +90,7 @@ def test_ranks_train_as_one_process_does(
     mine = store(tiny_ledger, tmp_path)
     ended = run_ranks(mine, stage, ranks, **machine)
     assert ended.returncode == 0, ended.stderr
-    assert len(mine.metrics(stage)) >= (40 if stage is LONG else 5)
+    assert len(mine.metrics(stage)) >= (28 if stage is LONG else 5)
     check_equal(mine, alone, stage)
     weights = read_tensors(mine.folder(stage) / "weights")
     whole = load_file(alone.folder(stage) / "weights" / "model.safetensors")
@@ -108,14 +109,21 @@ def test_two_ranks_give_equal_bits_each_time(tiny_ledger: Ledger, tmp_path: Path
     assert found[0] == found[1]
 
 
-def chain(ledger: Ledger, stage: Continue, worlds: Sequence[int], steps: int) -> None:
-    """Stop after `steps` on each number of ranks but the last, which goes to the end."""
+def chain(
+    ledger: Ledger, stage: Continue, worlds: Sequence[int], steps: int
+) -> list[dict[str, str]]:
+    """Stop after `steps` on each number of ranks but the last, which goes to the end; the digests
+    of what each that was stopped has saved."""
+    saved = []
     for ranks in worlds[:-1]:
         ended = run_ranks(ledger, stage, ranks, stop_after=steps)
         assert ended.returncode != 0
         assert ledger.state(stage) == "stopped", ended.stderr
+        newest = checkpoint.by_age(ledger.folder(stage) / "checkpoints")[0]
+        saved.append(json.loads((newest / "origin.json").read_text())["digests"])
     ended = run_ranks(ledger, stage, worlds[-1])
     assert ended.returncode == 0, ended.stderr
+    return saved
 
 
 @pytest.mark.parametrize(
@@ -127,46 +135,17 @@ def test_a_stage_goes_on_with_another_number_of_ranks(
     alone: Ledger, tiny_ledger: Ledger, tmp_path: Path, worlds: tuple[int, ...]
 ) -> None:
     mine = store(tiny_ledger, tmp_path)
-    chain(mine, LONG, worlds, 8)
+    saved = chain(mine, LONG, worlds, 8)
     check_equal(mine, alone, LONG)
     starts = [
         json.loads(line) for line in (mine.folder(LONG) / "starts.jsonl").read_text().splitlines()
     ]
     assert [start["ranks"] for start in starts] == list(worlds)
     assert [start["step"] for start in starts] == [8 * index for index in range(len(worlds))]
-
-
-def test_what_ranks_save_holds_the_bits_that_another_number_of_them_starts_from(
-    tiny_ledger: Ledger, tmp_path: Path
-) -> None:
-    mine = store(tiny_ledger, tmp_path)
-    run_ranks(mine, LONG, 2, stop_after=3)
-    (folder,) = checkpoint.by_age(mine.folder(LONG) / "checkpoints")
-    stored = json.loads((folder / "origin.json").read_text())["digests"]
-    run_ranks(mine, LONG, 1, stop_after=1)
-    start = json.loads((mine.folder(LONG) / "starts.jsonl").read_text().splitlines()[-1])
-    assert start["step"] == 3
-    assert (start["weights_digest"], start["moments_digest"]) == (
-        stored["model"],
-        stored["optimizer"],
-    )
-
-
-def test_steps_where_only_some_ranks_have_pictures_do_not_hang(
-    alone: Ledger, tiny_ledger: Ledger, tmp_path: Path
-) -> None:
-    # Rows of few pictures, one a micro-batch: some hold none, and at the end a rank has no row.
-    stage = tiny.image_run(
-        FromScratch(),
-        budget=tiny.mixture(4_000, pictures=0.1, web=0.9),
-        schedule=tiny.warm(),
-        encoder_rate_factor=0.5,
-    )
-    tiny.run_missing(alone, stage)
-    mine = store(tiny_ledger, tmp_path)
-    ended = run_ranks(mine, stage, 2, micro_batch_rows=1)
-    assert ended.returncode == 0, ended.stderr
-    check_equal(mine, alone, stage)
+    # To the bit what another number of ranks has saved.
+    for start, stored in zip(starts[1:], saved, strict=True):
+        assert start["weights_digest"] == stored["model"]
+        assert start["moments_digest"] == stored["optimizer"]
 
 
 def test_ranks_of_another_number_than_the_machine_says_are_refused(

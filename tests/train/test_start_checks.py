@@ -108,6 +108,12 @@ def losses(ledger: Ledger, folder: Path, **machine: Any) -> list[float]:
     return [line["loss"] for line in mine.metrics(STAGE)]
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The stage's losses by the machine's defaults."""
+    return losses(tiny_ledger, tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.parametrize(
     ("machine", "tolerance"),
     [
@@ -119,10 +125,13 @@ def losses(ledger: Ledger, folder: Path, **machine: Any) -> list[float]:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_choices_of_the_machine_leave_the_losses(
-    tiny_ledger: Ledger, tmp_path: Path, machine: dict[str, Any], tolerance: float | int
+    plain: list[float],
+    tiny_ledger: Ledger,
+    tmp_path: Path,
+    machine: dict[str, Any],
+    tolerance: float | int,
 ) -> None:
-    plain = losses(tiny_ledger, tmp_path / "plain")
-    found = losses(tiny_ledger, tmp_path / "chosen", **machine)
+    found = losses(tiny_ledger, tmp_path, **machine)
     assert found == pytest.approx(plain, rel=tolerance, abs=0.0)
     if machine.get("precision"):
         assert found != plain
@@ -131,9 +140,10 @@ def test_choices_of_the_machine_leave_the_losses(
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
-def test_compiled_blocks_leave_the_losses(tiny_ledger: Ledger, tmp_path: Path) -> None:
-    plain = losses(tiny_ledger, tmp_path / "plain")
-    mine = tiny.store_with(tiny_ledger, tmp_path / "compiled", tiny.DATA)
+def test_compiled_blocks_leave_the_losses(
+    plain: list[float], tiny_ledger: Ledger, tmp_path: Path
+) -> None:
+    mine = tiny.store_with(tiny_ledger, tmp_path, tiny.DATA)
     # A process of its own: checks of shapes while tests run are not for a compiler to trace.
     ended = run_ranks(mine, STAGE, 1, compile="blocks")
     assert ended.returncode == 0, ended.stderr

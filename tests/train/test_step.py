@@ -69,11 +69,15 @@ def cut(sizes: Sequence[int]) -> list[Batch]:
     ]
 
 
-@pytest.fixture
-def vlm() -> VLM:
+def made() -> VLM:
     model = VLM(VLMConfig(decoder=DECODER, encoder=ENCODER))
     initialise(model, 3)
     return model
+
+
+@pytest.fixture
+def vlm() -> VLM:
+    return made()
 
 
 Settings = AdamW(clip_norm=1e6)
@@ -102,18 +106,15 @@ def gradients(model: VLM) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture
-def whole(vlm: VLM) -> Whole:
+@pytest.fixture(scope="module")
+def whole() -> Whole:
     """The step as one batch."""
-    model = VLM(vlm.config)
-    initialise(model, 3)
+    model = made()
     result = step(model, cut([6]), rate=0.0)
     return result, gradients(model)
 
 
-@pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1, 1, 1), (5, 1), (1, 5), (2, 2, 2), (3, 3), (4, 1, 1), (1, 2, 3)]
-)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (5, 1), (3, 3), (1, 2, 3)])
 def test_cutting_a_step_into_micro_batches_changes_neither_loss_nor_gradient(
     vlm: VLM, whole: Whole, sizes: tuple[int, ...]
 ) -> None:
@@ -168,11 +169,6 @@ def test_a_step_moves_the_weights_by_the_rate_it_is_given(vlm: VLM) -> None:
     # Adam's first step is the rate in every entry that has a gradient.
     moved = (vlm.decoder.output.weight - before["decoder.output.weight"]).abs().max()
     assert float(moved.detach()) == pytest.approx(2e-3, rel=1e-2)
-
-
-def test_gradients_of_the_step_before_are_forgotten(vlm: VLM) -> None:
-    first = step(vlm, cut([6]), rate=0.0)
-    assert step(vlm, cut([6]), rate=0.0).grad_norm == pytest.approx(first.grad_norm, rel=1e-6)
 
 
 @pytest.mark.parametrize("where", ["weight", "feature", "infinite weight"])
@@ -238,9 +234,9 @@ def test_pixels_go_through_the_encoder_once_a_micro_batch(vlm: VLM) -> None:
 
 
 def text_model() -> VLM:
-    made = VLM(VLMConfig(decoder=DECODER))
-    initialise(made, 0)
-    return made
+    model = VLM(VLMConfig(decoder=DECODER))
+    initialise(model, 0)
+    return model
 
 
 def after_a_step_without_gradient(vlm: VLM, settings: AdamW) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
@@ -34,7 +34,8 @@ def rank_of(number: int) -> Rank:
 class Pair:
     """Two watches in one process; a rank that would leave is noted instead."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: dist.TCPStore) -> None:
+        self.store = store
         self.told: dict[int, str] = {}
         made: dict[int, Watch] = {}
 
@@ -48,26 +49,38 @@ class Pair:
             thread.join()
         self.first, self.second = made[0], made[1]
 
-    def wait(self, seconds: float) -> dict[int, str]:
+    def wait(self, seconds: float, ranks: int = 2) -> dict[int, str]:
+        """What so many ranks are told, or fewer in the time that is given."""
         end = time.monotonic() + seconds
-        while len(self.told) < 2 and time.monotonic() < end:
+        while len(self.told) < ranks and time.monotonic() < end:
             time.sleep(0.02)
         return self.told
 
 
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=10))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
+def make_pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Pair]]:
     monkeypatch.setattr(module, "_LEAVE_SECONDS", 0.1)
     monkeypatch.setattr(module, "_STILL", 1.0)
     monkeypatch.setattr(module, "_STILL_AT_FIRST", 5.0)
     monkeypatch.setattr(os, "_exit", lambda code: None)
-    two = Pair()
-    yield two
-    two.first.close()
-    two.second.close()
+    made: list[Pair] = []
+
+    def make() -> Pair:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=10))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(store.port))
+        made.append(Pair(store))
+        return made[-1]
+
+    yield make
+    for two in made:
+        two.first.close()
+        two.second.close()
+
+
+@pytest.fixture
+def pair(make_pair: Callable[[], Pair]) -> Pair:
+    return make_pair()
 
 
 def steps(number: int, *watches: Watch) -> None:
@@ -130,11 +143,19 @@ def test_one_process_that_hangs_in_a_step_is_named_and_ends(
     assert watch._thread is None
 
 
-def test_ranks_that_wait_together_outside_of_steps_are_left_alone_however_long(pair: Pair) -> None:
-    for one in (pair.first, pair.second):
+def test_ranks_that_rest_that_were_as_slow_before_or_have_ended_well_are_left_alone(
+    make_pair: Callable[[], Pair],
+) -> None:
+    resting, slow, ended = (make_pair() for _ in range(3))
+    for one in (resting.first, resting.second):
         steps(3, one)
         one.rest("keeping the stage's weights")
-    assert pair.wait(3 * TIMEOUT) == {}
+    steps(3, slow.first, slow.second)
+    # So long at rows, once: twenty times that is no reason yet, and no more are the others' steps.
+    slow.second._longest["data"] = 2 * TIMEOUT
+    slow.first.at("computing step 4", "step")
+    ended.second.close()
+    assert resting.wait(3 * TIMEOUT) == slow.told == ended.told == {}
 
 
 def test_all_ranks_that_hang_in_a_step_are_named(pair: Pair) -> None:
@@ -157,14 +178,6 @@ def test_a_rank_that_waits_for_rows_is_named_and_not_those_that_wait_for_it(pair
     assert told[0].startswith("rank 1 is stuck")
     assert "waiting for rows after step 3, at most 0." in told[0]
     assert "others have gone on and wait for it" in told[0]
-
-
-def test_a_rank_is_as_slow_as_the_stage_has_been_before(pair: Pair) -> None:
-    steps(3, pair.first, pair.second)
-    # So long at rows, once: twenty times that is no reason yet, and no more are the others' steps.
-    pair.second._longest["data"] = 2 * TIMEOUT
-    pair.first.at("computing step 4", "step")
-    assert pair.wait(3 * TIMEOUT) == {}
 
 
 def test_the_first_step_may_take_longer_and_counts_for_no_other(pair: Pair) -> None:
@@ -195,14 +208,9 @@ def test_a_halted_process_has_not_been_slow(pair: Pair, monkeypatch: pytest.Monk
 
 def test_a_silent_rank_is_dead(pair: Pair) -> None:
     pair.second._over.set()  # its thread ends without a word, as a killed process does
-    told = pair.wait(5 * TIMEOUT)
+    told = pair.wait(5 * TIMEOUT, ranks=1)
     assert told.keys() == {0}
     assert told[0].startswith("rank 1 is dead: silent for")
-
-
-def test_a_rank_that_has_ended_well_is_not_missed(pair: Pair) -> None:
-    pair.second.close()
-    assert pair.wait(3 * TIMEOUT) == {}
 
 
 def test_an_error_of_one_rank_is_told_on_all(pair: Pair) -> None:
