@@ -31,7 +31,12 @@ from midstream.recipes.pocket import when_images_arrive
 from midstream.study.stages import Continue, Finetune
 
 WORLD = PocketWorld(
-    num_documents=1000, num_captions=600, num_conversations=200, num_questions=12, num_text_items=8
+    num_documents=1000,
+    num_captions=600,
+    num_conversations=200,
+    num_pages=400,
+    num_questions=12,
+    num_text_items=8,
 )
 # A source may be repeated this often, so that a small world serves any number of steps.
 MAX_EPOCHS = 1000
@@ -49,7 +54,13 @@ def pocket_sources() -> Iterator[dict[str, Source]]:
         prepare_tokenizer(tokenizer, WORLD, root, names, folder)
         for one in names:
             prepare_world_source(
-                WORLD, root, one, tokenizer_path(folder), folder / one, lambda _done, _note: None
+                WORLD,
+                root,
+                one,
+                tokenizer_path(folder),
+                folder / one,
+                workers=1,
+                progress=lambda _done, _note: None,
             )
         yield {one: open_source(root, one, folder / one) for one in names}
 

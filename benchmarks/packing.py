@@ -1,7 +1,8 @@
 """Filled rows against padded rows: how much is padding, and what that costs in useful tokens.
 
 The same examples are laid out both ways; the model, its step and the row length are the pocket
-recipe's. Padding is counted over the whole plan; the two layouts take turns in one process.
+recipe's. Padding is counted over the whole plan; the two layouts take turns in one process. So do
+filled rows of interleaved documents and of captions, each beside as many tokens of text.
 """
 
 import argparse
@@ -23,6 +24,8 @@ MIXTURES = {
     "captions and text": {"pictures": 0.5, "web": 0.5},
     "conversations": {"talks": 1.0},
 }
+# Of pictures and their text; the other half is text alone.
+HALVES = {"captions": "pictures", "documents": "pages"}
 
 
 def pad_fraction(dataset: RowDataset) -> float:
@@ -32,7 +35,7 @@ def pad_fraction(dataset: RowDataset) -> float:
 
 
 def useful_tokens_per_second(datasets: dict[str, RowDataset], steps: int) -> dict[str, float]:
-    """By layout: tokens that are not padding, a second of the median step."""
+    """By name: tokens that are not padding, a second of the median step."""
     stage = continue_stage()
     device = torch.device("cpu")
     models = {name: VLM(stage.model) for name in datasets}
@@ -66,6 +69,15 @@ def useful_tokens_per_second(datasets: dict[str, RowDataset], steps: int) -> dic
     }
 
 
+def report(datasets: dict[str, RowDataset], rates: dict[str, float]) -> None:
+    """A line each."""
+    for name, dataset in datasets.items():
+        print(
+            f"  {name:<9} {len(dataset):>5} rows   {pad_fraction(dataset):>6.1%} padding"
+            f"   {rates[name]:>8,.0f} useful tokens/s"
+        )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -97,12 +109,17 @@ def main() -> None:
             }
             rates = useful_tokens_per_second(datasets, options.steps)
             print(f"{name} ({total:,} tokens planned)")
-            for layout, dataset in datasets.items():
-                print(
-                    f"  {layout:<7} {len(dataset):>5} rows   {pad_fraction(dataset):>6.1%} padding"
-                    f"   {rates[layout]:>8,.0f} useful tokens/s"
-                )
+            report(datasets, rates)
             print(f"  ratio filled / padded: {rates['filled'] / rates['padded']:.2f}")
+        filled = rows.model_copy(update={"layout": "filled"})
+        datasets = {
+            name: rows_of(sources, stage.model.encoder, filled, {source: 0.5, "web": 0.5}, total)
+            for name, source in HALVES.items()
+        }
+        rates = useful_tokens_per_second(datasets, options.steps)
+        print(f"half of it text, in filled rows ({total:,} tokens planned)")
+        report(datasets, rates)
+        print(f"  ratio documents / captions: {rates['documents'] / rates['captions']:.2f}")
 
 
 if __name__ == "__main__":
