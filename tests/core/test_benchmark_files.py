@@ -45,9 +45,16 @@ def add(path: str, text: str) -> Callable[[Path], None]:
     return change
 
 
+def other_chance(world: Path) -> None:
+    listed = json.loads((world / "world.json").read_text())
+    listed["visual_tasks"]["hue"]["chance"] = 0.2
+    (world / "world.json").write_text(json.dumps(listed))
+
+
 @pytest.mark.parametrize(
     ("change", "renamed"),
     [
+        (other_chance, {"hue"}),
         (add("bench/odd/images/notice.jpg", "read"), {"hue", "odd"}),
         (add("text_tasks/copa.jsonl", "[]"), {"copa"}),
         (add("COPA/val.jsonl", "{}"), {"copa"}),

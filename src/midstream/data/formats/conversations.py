@@ -57,7 +57,7 @@ from midstream.data.source_writer import Reject, RejectedError, or_reject
 # Where records keep their turns.
 LISTS = ("conversations", "messages", "conversation", "texts")
 # The key of a record that is a list of turns and nothing else.
-TURNS = "messages"
+_LIST_ALONE = "messages"
 # FineVision's ratings of each pair of a question and a reply.
 RATINGS = tuple(
     f"{name}_ratings"
@@ -132,7 +132,7 @@ def read_conversations(unit: Unit, options: ReadOptions) -> Iterator[Conversatio
                 yield _conversation(row, where, pictures, options.rating)
             return
         for where, data in islice(_entries(path), unit.first, unit.last):
-            found = or_reject(where, json_object, data, TURNS)
+            found = or_reject(where, json_object, data, _LIST_ALONE)
             yield _conversation(found, where, pictures, options.rating)
 
 
@@ -168,7 +168,7 @@ def _conversations_of(path: str, *, asks: bool) -> tuple[list[Unit], bool]:
     for where, data in _entries(path):
         num_records += 1
         if asks and not have_urls and _URL.search(data) is not None:
-            have_urls = _has_address(or_reject(where, json_object, data, TURNS))
+            have_urls = _has_address(or_reject(where, json_object, data, _LIST_ALONE))
     starts = range(0, max(1, num_records), NUM_UNIT_RECORDS)
     name = "json" if _is_list(path) else "jsonl"
     # The last one reads to the file's end.
