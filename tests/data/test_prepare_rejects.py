@@ -78,6 +78,8 @@ def test_pictures_that_are_none_are_counted_and_named(tmp_path: Path, section: A
         run(section, source, out)
     for place, reason in told[:4]:
         assert f"    {place}: {reason}" in str(caught.value)
+    # Three of each reason.
+    assert not any(place in str(caught.value) for place, _ in told[4:])
     for reason, number in Counter(reasons).items():
         assert f"{number} x {reason}: fetch them again" in str(caught.value)
 
