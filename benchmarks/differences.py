@@ -72,7 +72,9 @@ def decoders() -> Table:
         for seed in SEEDS:
             model = checkpoints.build_model(family, seed=seed)
             ours = TransformersDecoder(describe(model.config))
-            state = {ours.parameter_name(name): value for name, value in model.state_dict().items()}
+            state = {
+                str(ours.parameter_name(name)): value for name, value in model.state_dict().items()
+            }
             ours.load_state_dict(state)
             ours.eval()
             source = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def _questions(
 ) -> tuple[list[list[int]], torch.Tensor, list[int]]:
     """Prompts, pixels, and which prompt is about which picture."""
     source = torch.Generator().manual_seed(3)
+    assert vlm.config.encoder is not None
     size = vlm.config.encoder.image_size
     pixels = torch.randn(given.pictures, 3, size, size, generator=source)
     number = given.pictures * given.questions
@@ -226,8 +228,8 @@ def _outcomes(
         same = (
             _compare(
                 f"{len(prompts)} answers {name}, with the gold | alone",
-                lambda answers=answers, choices=choices: answers([*choices, GOLD]),
-                lambda answers=answers, choices=choices: answers(choices),
+                partial(answers, [*choices, GOLD]),
+                partial(answers, choices),
                 given.rounds,
                 table,
             )

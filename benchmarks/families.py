@@ -109,7 +109,8 @@ class Side:
     def first_logprobs(self, prompt: str, picture: Image.Image) -> torch.Tensor:
         """Log-probabilities [vocabulary] of the first token of an answer."""
         inputs = self.inputs([prompt], [picture])
-        return self.model(**inputs).logits[0, -1].float().log_softmax(dim=-1)
+        logits: torch.Tensor = self.model(**inputs).logits[0, -1]
+        return logits.float().log_softmax(dim=-1)
 
     @torch.inference_mode()
     def logprob(self, context: str, continuation: str) -> float:

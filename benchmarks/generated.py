@@ -9,14 +9,12 @@ import numpy as np
 import torch
 
 from midstream.config import (
-    DecoderConfig,
-    EncoderConfig,
+    AnyEncoderConfig,
     Mixture,
     PocketWorld,
     Rows,
     Share,
     TrainedTokenizer,
-    VLMConfig,
 )
 from midstream.data.prepare import (
     open_source,
@@ -69,27 +67,13 @@ def continue_stage() -> Continue:
     """The image-text stage of the pocket recipe, whose sizes the benchmarks take."""
     finetuned = when_images_arrive().lines[0].result.of
     assert isinstance(finetuned, Finetune)
+    assert isinstance(finetuned.start, Continue)
     return finetuned.start
-
-
-def model_79m() -> VLMConfig:
-    """The 79M decoder of the paper behind features of 27 x 27 patches, 1152 wide."""
-    return VLMConfig(
-        decoder=DecoderConfig(hidden_size=512, num_layers=8, num_heads=4, vocab_size=50432),
-        encoder=EncoderConfig(
-            image_size=384,
-            patch_size=14,
-            hidden_size=1152,
-            num_layers=27,
-            num_heads=16,
-            intermediate_size=4304,
-        ),
-    )
 
 
 def rows_of(
     sources: dict[str, Source],
-    encoder: EncoderConfig,
+    encoder: AnyEncoderConfig,
     rows: Rows,
     shares: dict[str, float],
     total_tokens: int,

@@ -87,7 +87,7 @@ def _why_none() -> str:
             f"(docs/training.md){otherwise}"
         )
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         reason = f"{torch.cuda.device_count()} devices are visible"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

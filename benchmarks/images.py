@@ -135,7 +135,8 @@ def main() -> None:
         pictures = [path.read_bytes() for path in found]
     transform = ImageTransform(size=options.size)
     ways = sides(transform)
-    decoder = "Pillow" if images.simplejpeg is None else "simplejpeg"
+    fast = images.simplejpeg  # type: ignore[attr-defined]
+    decoder = "Pillow" if fast is None else "simplejpeg"
     kilobytes = statistics.mean(len(data) for data in pictures) / 1000
     print(
         f"{len(pictures)} JPEGs of {kilobytes:.0f} kB to 3x{options.size}x{options.size}, "

@@ -97,7 +97,7 @@ def main() -> None:
             clock, cpu = clock + took, cpu + spent
             print(f"{what:<20} {took:8.1f} s, {spent:8.1f} s of processor time")
         lost = count_up([notes_of(path) for path in (folder / "matched").iterdir()])
-        assert sum(made) == lost["joined"]
+        assert sum(number or 0 for number in made) == lost["joined"]
         print(
             f"{total:,} uids on each side: {total / clock:,.0f} a second with {options.workers} "
             f"workers, {total / cpu:,.0f} a second of processor time\n"

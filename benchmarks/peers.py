@@ -56,7 +56,7 @@ def step_of(model: nn.Module, loss_of: Callable[[], Tensor], device: torch.devic
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = loss_of()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, SETTINGS.clip_norm)
         optimizer.step()
         return float(loss.detach())

@@ -222,7 +222,7 @@ class Reality:
         take, _ = self._steps(stage)
 
         def added(total: Any, left: Any, right: Any, **_: Any) -> int:
-            return 2 * left[0] * left[1] * right[1]
+            return int(2 * left[0] * left[1] * right[1])
 
         mapping = {torch.ops.aten.addmm_: added}
         with (

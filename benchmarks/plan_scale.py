@@ -58,7 +58,7 @@ class DrawnLengths:
 
     def parts(self, example: int) -> list[int]:
         """One."""
-        return self.of(np.array([example])).tolist()
+        return [int(length) for length in self.of(np.array([example]))]
 
 
 def drawn(count: int, median: float, spread: float, low: int, high: int) -> DrawnLengths:

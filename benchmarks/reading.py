@@ -26,7 +26,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ ENCODER = EncoderConfig(
 )
 
 
-def seconds_each(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+def seconds_each(sides: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, float]:
     """CPU seconds an item of each side: the median of the rounds, which the sides take in turns."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):

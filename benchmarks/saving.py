@@ -28,11 +28,11 @@ from midstream.core.digests import file_sha256
 from midstream.core.storage import finish_folder, in_threads, seal, start_folder
 from midstream.core.tokens import TokenCount
 from midstream.model.vlm import VLM
-from midstream.model.weights import fill, initialise, read_tensors, tensor_digest
+from midstream.model.weights import fill, initialise, read_tensors, tensor_digest, whole
 from midstream.train import checkpoint
 from midstream.train.checkpoint import Progress, Saver
 from midstream.train.parallel import Place
-from midstream.train.step import build_model, make_optimizer, whole
+from midstream.train.step import build_model, make_optimizer
 
 MEDIUM = DecoderConfig(hidden_size=512, num_layers=4, num_heads=8, vocab_size=8192)
 TRAINING = Training(

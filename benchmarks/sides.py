@@ -9,12 +9,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import peers
-from generated import model_79m
 from midstream.config import DECODERS, AdamW, DecoderConfig, EncoderConfig, VLMConfig
 from midstream.config.flops import model_flops
 from midstream.core.batch import IGNORE, Batch
 from midstream.core.tokens import TokenCount
-from midstream.data.images import encode_fixed
+from midstream.data.images import Encode, encode_fixed
 from midstream.model.decoder import Decoder
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
@@ -63,12 +62,19 @@ WORKS = {
     "30m image-text": Work(decoder_30m(50432), SMALL_TOWER),
     "30m image-text, vocabulary 4,096": Work(decoder_30m(4096), SMALL_TOWER),
 }
+# SigLIP's SO400M at 384 pixels: 27 x 27 patches.
+SO400M = EncoderConfig(
+    image_size=384,
+    patch_size=14,
+    hidden_size=1152,
+    num_layers=27,
+    num_heads=16,
+    intermediate_size=4304,
+)
 GPU_WORKS = {
     "79m text": Work(DECODERS["79m"], length=2048, rows=16),
     "1b text": Work(DECODERS["1b"], length=2048, rows=8),
-    "1b image-text, 10 % image tokens": Work(
-        DECODERS["1b"], model_79m().encoder, length=2048, rows=8
-    ),
+    "1b image-text, 10 % image tokens": Work(DECODERS["1b"], SO400M, length=2048, rows=8),
 }
 
 
@@ -182,7 +188,7 @@ def plain_step(work: Work, row: Row, place: Place) -> Step:
     look = encoder_of(work, place)
 
     def loss() -> torch.Tensor:
-        features = None if look is None else look(row.pixels).float()  # type: ignore[operator]
+        features = None if look is None or row.pixels is None else look(row.pixels).float()
         logits = model.decoder.output(model(batch, features))
         return cross_entropy(
             logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE
@@ -191,7 +197,7 @@ def plain_step(work: Work, row: Row, place: Place) -> Step:
     return step_of(model, loss, place.device)
 
 
-def encoder_of(work: Work, place: Place) -> object:
+def encoder_of(work: Work, place: Place) -> Encode | None:
     """A frozen tower with random weights, as stages look through it; None without pictures."""
     if work.encoder is None:
         return None
@@ -200,10 +206,12 @@ def encoder_of(work: Work, place: Place) -> object:
     return on_device(tower.to(place.device).eval())
 
 
-def encode_of(work: Work, place: Place) -> object:
+def encode_of(work: Work, place: Place) -> Encode | None:
     """What a stage calls for its pictures: the tower, and features rounded as stores hold them."""
     look = encoder_of(work, place)
-    return None if look is None else partial(encode_fixed, look, config=work.encoder)
+    if look is None or work.encoder is None:
+        return None
+    return partial(encode_fixed, look, config=work.encoder)
 
 
 def side(work: Work, name: str, step: Step, batch: Batch, *, looks: bool) -> Side:
@@ -258,7 +266,8 @@ def makers(work: Work, options: argparse.Namespace, place: Place) -> dict[str, C
         step = our_step(model_of(work, place, compiled=compiled), batch, encode, place)
         return side(work, name, step, batch, looks=looks)
 
-    found = {"plain": partial(other, "plain loop", lambda: plain_step(work, row, place))}
+    plain = partial(other, "plain loop", lambda: plain_step(work, row, place))
+    found: dict[str, Callable[[], Side]] = {"plain": plain}
     for name, step in others.items():
         key = name.split()[0].lower()
         if getattr(options, key, True):
