@@ -327,4 +327,8 @@ def test_where_no_model_that_learnt_is_left_it_is_said(ledger: Ledger) -> None:
 
 def test_points_are_never_minus_nothing() -> None:
     assert [points(one) for one in (-0.0004, 0.0, -0.0006, 0.5)] == ["0.0", "0.0", "-0.1", "50.0"]
-    assert signed(-0.0004) == "0.0"
+
+
+def test_an_interval_that_ends_just_below_zero_is_printed_as_such() -> None:
+    told = [signed(one) for one in (-0.0004, 0.000012, 0.0, -1e-12, -0.0006, 0.0123)]
+    assert told == ["\N{MINUS SIGN}0.04", "+0.001", "0.0", "0.0", "\N{MINUS SIGN}0.1", "+1.2"]

@@ -71,9 +71,12 @@ def points(value: float | int) -> str:
 
 
 def signed(value: float | int) -> str:
-    """A difference in points, with its sign; never minus nothing."""
-    text = f"{100 * value:+.1f}"
-    return ("0.0" if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
+    """A difference in points, with its sign: one decimal, or one digit of what is smaller, since an
+    interval that ends at -0.04 leaves out zero; never minus nothing."""
+    text = (
+        "0.0" if abs(value) < 1e-9 else f"{100 * value:+{'.1f' if abs(value) >= 5e-4 else '.1g'}}"
+    )
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 Verdict = Literal["higher", "lower", "same", "undecided", "no interval", "not measured", "measured"]
