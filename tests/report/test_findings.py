@@ -9,7 +9,7 @@ import pytest
 
 from midstream.core.stats import Contrast
 from midstream.core.storage import read_json, write_json
-from midstream.report.findings import Finding, points, signed
+from midstream.report.findings import Finding, interval, points, signed
 from midstream.report.gather import gather
 from midstream.report.line_rows import stable_of
 from midstream.study.store import Ledger
@@ -329,6 +329,8 @@ def test_points_are_never_minus_nothing() -> None:
     assert [points(one) for one in (-0.0004, 0.0, -0.0006, 0.5)] == ["0.0", "0.0", "-0.1", "50.0"]
 
 
-def test_an_interval_that_ends_just_below_zero_is_printed_as_such() -> None:
-    told = [signed(one) for one in (-0.0004, 0.000012, 0.0, -1e-12, -0.0006, 0.0123)]
-    assert told == ["\N{MINUS SIGN}0.04", "+0.001", "0.0", "0.0", "\N{MINUS SIGN}0.1", "+1.2"]
+def test_an_interval_that_ends_just_beside_zero_does_not_end_at_zero() -> None:
+    assert signed(-0.0004) == signed(1e-12) == "0.0"
+    assert interval(-0.029, -0.0004) == "\N{MINUS SIGN}2.9 to \N{MINUS SIGN}0.04"
+    assert interval(0.000012, 0.02) == "+0.001 to +2.0"
+    assert interval(-1e-12, 0.0) == "0.0 to 0.0"

@@ -71,12 +71,19 @@ def points(value: float | int) -> str:
 
 
 def signed(value: float | int) -> str:
-    """A difference in points, with its sign: one decimal, or one digit of what is smaller, since an
-    interval that ends at -0.04 leaves out zero; never minus nothing."""
-    text = (
-        "0.0" if abs(value) < 1e-9 else f"{100 * value:+{'.1f' if abs(value) >= 5e-4 else '.1g'}}"
-    )
-    return text.replace("-", "\N{MINUS SIGN}")
+    """A difference in points, with its sign; never minus nothing."""
+    text = f"{100 * value:+.1f}"
+    return ("0.0" if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
+
+
+def interval(low: float, high: float) -> str:
+    """Both ends in points; one that would be 0.0 keeps a digit, since -0.04 leaves zero out."""
+
+    def end(value: float) -> str:
+        beside = 1e-9 < abs(value) and signed(value) == "0.0"
+        return f"{100 * value:+.1g}".replace("-", "\N{MINUS SIGN}") if beside else signed(value)
+
+    return f"{end(low)} to {end(high)}"
 
 
 Verdict = Literal["higher", "lower", "same", "undecided", "no interval", "not measured", "measured"]
@@ -124,7 +131,7 @@ def interval_words(gap: Contrast) -> str:
         return f"no interval: {gap.why or repetitions}"
     spread = "one spread of all places" if gap.pooled else "its own spread"
     return (
-        f"95 % interval {signed(gap.low)} to {signed(gap.high)}, {repetitions}, {spread}, "
+        f"95 % interval {interval(gap.low, gap.high)}, {repetitions}, {spread}, "
         f"{gap.freedom} degrees of freedom"
     )
 
@@ -324,7 +331,7 @@ def _how(study: Study, comparison: Comparison) -> str:
         text += f"; without {models} {left}"
         low, high = comparison.learnt.low, comparison.learnt.high
         if low is not None and high is not None:
-            text += f" ({signed(low)} to {signed(high)})"
+            text += f" ({interval(low, high)})"
     return text
 
 
@@ -340,7 +347,7 @@ def _beside(
     gap, words = found.contrast, "no interval"
     if gap.low is not None and gap.high is not None:
         verdict = gap.verdict(study.smallest_difference)
-        words = f"{signed(gap.low)} to {signed(gap.high)}, "
+        words = f"{interval(gap.low, gap.high)}, "
         words += {"undecided": "not decided", "same": "the same"}.get(verdict, verdict)
     return f"; by the probability of right answers {signed(gap.mean)} ({words})"
 
@@ -365,6 +372,6 @@ def _examples_words(gap: Gap | None) -> str:
     if gap is None or gap.low is None or gap.high is None:
         return ""
     return (
-        f"; these very models on the same examples {signed(gap.mean)} ({signed(gap.low)} to "
-        f"{signed(gap.high)}), which decides nothing about others"
+        f"; these very models on the same examples {signed(gap.mean)} "
+        f"({interval(gap.low, gap.high)}), which decides nothing about others"
     )

@@ -29,7 +29,7 @@ from midstream.report.figures import (
     stable_panel,
     task_panel,
 )
-from midstream.report.findings import KIND_NAMES, SCORE_NAMES, place, points, signed
+from midstream.report.findings import KIND_NAMES, SCORE_NAMES, interval, place, points, signed
 from midstream.report.gather import (
     TRAINING,
     Facts,
@@ -97,6 +97,7 @@ def _environment() -> Environment:
         "counted": counted,
         "place": place,
         "points": points,
+        "interval": interval,
         "signed": signed,
         "engineering": quantity,
         "duration": duration,
