@@ -80,7 +80,7 @@ def interval(low: float, high: float) -> str:
     """Both ends in points; one that would be 0.0 keeps a digit, since -0.04 leaves zero out."""
 
     def end(value: float) -> str:
-        beside = 1e-9 < abs(value) and signed(value) == "0.0"
+        beside = abs(value) > 1e-9 and signed(value) == "0.0"
         return f"{100 * value:+.1g}".replace("-", "\N{MINUS SIGN}") if beside else signed(value)
 
     return f"{end(low)} to {end(high)}"
