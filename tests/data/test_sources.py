@@ -128,7 +128,7 @@ def check_split(folder: Path, kind: Kind, split: Split, written: list[list[Writt
         expected_before = [expected_before[0] + len(item.ids), expected_before[1] + int(shown)]
         low, high = 1, max(2, len(item.ids) - 1)
         for cut in (slice(0, None), slice(low, high), slice(0, 99)):
-            ids = source.input_ids(example, cut.start, cut.stop)
+            ids = source.input_ids(example)[cut]
             assert ids.tolist() == item.ids[cut]
         mask = supervised(source, example)
         assert mask is None if kind == "text" else mask.tolist() == item.mask

@@ -339,10 +339,8 @@ class Source:
                 mine = slice(first, first + int(about[self.split]["examples"]))
                 yield int(self._before[number, 0]), self._shard(number), mine
 
-    def input_ids(
-        self, example: int, low: int = 0, high: int | None = None, caption: int = 0
-    ) -> np.ndarray:
-        """The text tokens `low` to `high` of the example, or of its `caption`-th synthetic one."""
+    def input_ids(self, example: int, caption: int = 0) -> np.ndarray:
+        """The text tokens of the example, or of its `caption`-th synthetic one."""
         number, local = self._place(example)
         shard = self._shard(number)
         if self._joined is None:
@@ -350,7 +348,7 @@ class Source:
         else:
             row = self._first_rows[number] + number + local
             start, end = self._joined.caption_offsets[row : row + 2, caption].tolist()
-        return shard.tokens[start:end][low:high]
+        return shard.tokens[start:end]
 
     def places_of(self, example: int) -> list[int]:
         """Before which of its tokens each picture of an example stands."""

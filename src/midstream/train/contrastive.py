@@ -293,7 +293,7 @@ def _table(
     # A picture may have fewer synthetic captions than another.
     numbers = source.num_synthetic(np.arange(len(source)))
     for example in np.flatnonzero(numbers >= caption).tolist():
-        tokens = source.input_ids(example, head, caption=caption).astype(np.int64)
+        tokens = source.input_ids(example, caption)[head:].astype(np.int64)
         if len(tokens) > length:
             raise ValueError(
                 f"{source.describe(example, caption)}: the caption has {len(tokens)} tokens, the "
