@@ -111,12 +111,17 @@ def test_a_document_is_target_with_its_end_and_a_caption_from_behind_the_separat
     assert caption.supervised.tolist() == [0] + [1] * (len(ids) + 1)
 
 
+def with_picture(turns: Sequence[tuple[str, str] | Turn]) -> list[tuple[str, str] | Turn]:
+    """The turns, of which the first has a picture before it."""
+    return [Turn(*turns[0])._replace(pictures=(0,)), *turns[1:]]
+
+
 @given(turns=TURNS, has_image=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_only_replies_and_their_separators_are_targets(
     turns: list[tuple[str, str]], has_image: bool
 ) -> None:
-    example = conversation_example(CODEC, turns, has_image=has_image)
+    example = conversation_example(CODEC, with_picture(turns) if has_image else turns)
     expected: list[tuple[int, int]] = [(CODEC.separator, 0)] if has_image else []
     for question, reply in turns:
         expected += [(t, 0) for t in CODEC.encode(f"In: {question}\nOut:")]
@@ -140,14 +145,11 @@ def test_what_begins_a_text_stands_first_in_every_example_and_is_learnt_in_texts
 ) -> None:
     begin, ids = CODEC.tokenizer.token_to_id("th"), CODEC.encode(text)
     assert BEGINS.begin_of_text == begin
+    seen = with_picture(turns) if has_image else turns
     for plain, begun, learnt in (
         (text_example(CODEC, ids), text_example(BEGINS, ids), 1),
         (caption_example(CODEC, ids), caption_example(BEGINS, ids), 0),
-        (
-            conversation_example(CODEC, turns, has_image=has_image),
-            conversation_example(BEGINS, turns, has_image=has_image),
-            0,
-        ),
+        (conversation_example(CODEC, seen), conversation_example(BEGINS, seen), 0),
     ):
         assert begun.input_ids.tolist() == [begin, *plain.input_ids]
         assert begun.supervised.tolist() == [learnt, *plain.supervised]
@@ -358,7 +360,7 @@ def test_a_system_text_stands_masked_before_the_question_that_it_comes_before() 
         assert conversation_of(same).turns == found.turns[:1]
     both = conversation_of(record(nice, SHOWN, REPLY, system="See.", image="a.jpg"))
     assert both == talk_of([Turn("What?", "A cat.", "See.\nBe nice.")], "a.jpg")
-    example = conversation_example(CODEC, found.turns, has_image=True)
+    example = conversation_example(CODEC, with_picture(found.turns))
     expected = [(CODEC.separator, 0)]
     for asked, reply in (
         ("Be nice.\nIn: What?\nOut:", " A cat."),
@@ -533,7 +535,6 @@ def test_pictures_stand_where_the_turns_and_the_parts_say() -> None:
     place = len(head) + len(reply) + len(CODEC.encode("In: And here: "))
     assert example.pictures == (0, 1, place)
     assert not example.supervised[list(example.pictures)].any()
-    assert conversation_example(CODEC, [first[:3]], has_image=True).pictures == (0,)
 
     text = CODEC.encode("A cat.")
     document = document_example(CODEC, [text, None, None, text])

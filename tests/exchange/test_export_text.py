@@ -212,7 +212,7 @@ def test_the_text_part_of_a_model_that_sees_stops_at_separators_and_refuses_pict
         return tokenizer.apply_chat_template(part, tokenize=True, return_dict=False)
 
     assert ids(messages[:1]) == question_ids(words, turns[0][0], has_image=False)
-    expected = conversation_example(words, turns, has_image=False).input_ids.tolist()
+    expected = conversation_example(words, turns).input_ids.tolist()
     assert ids(messages) == expected
     with pytest.raises(Exception, match="images stand in a user"):
         ids([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}])

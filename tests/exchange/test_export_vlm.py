@@ -63,6 +63,7 @@ from midstream.work.open_model import look_through
 FUSED = FusedEncoder(towers=(SIGLIP, DINOV2))
 PATCHES = PatchProjection(image_size=24, patch_size=12, hidden_size=16)
 TURNS = [("What colour is the ball?", "The ball is red."), ("How many?", "2"), ("Left?", "no")]
+SHOWN = [Turn(*TURNS[0], pictures=(0,)), *TURNS[1:]]
 
 
 def changed(config: Any, **changes: Any) -> Any:
@@ -193,7 +194,7 @@ def test_the_chat_template_lays_turns_out_as_training_does(tmp_path: Path, name:
     token = tokenizer.convert_tokens_to_ids("<image>")
     for turns in range(1, 4):
         laid = tokenizer.apply_chat_template(messages[: 2 * turns], tokenize=False)
-        begin, *rest = conversation_example(words, TURNS[:turns], has_image=True).input_ids.tolist()
+        begin, *rest = conversation_example(words, SHOWN[:turns]).input_ids.tolist()
         # A processor hands it to its tokenizer, which begins each text.
         assert tokenizer(laid)["input_ids"] == [begin, token, *rest]
     image, text = {"type": "image"}, {"type": "text", "text": "Is "}
@@ -264,7 +265,7 @@ def test_conversations_captions_and_text_have_the_logits_of_training(
     both = [Turn("Is  like the ball?", "no", pictures=(0, 3)), Turn("Left?", "no")]
     caption, plain = words.encode("The big round ball"), words.encode("The ball is red.")
     for example in (
-        conversation_example(words, TURNS, has_image=True),
+        conversation_example(words, SHOWN),
         conversation_example(words, TURNS),
         conversation_example(words, both),
         caption_example(words, caption),

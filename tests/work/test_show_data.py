@@ -72,7 +72,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, codec: TextCodec) -> dict[
     examples = {
         "web": [text_example(codec, codec.encode(text)) for text in TEXTS],
         "pics": [caption_example(codec, codec.encode(text)) for text in CAPTIONS],
-        "talks": [conversation_example(codec, turns, has_image=False) for turns in TURNS],
+        "talks": [conversation_example(codec, turns) for turns in TURNS],
     }
     found = {}
     kinds: dict[str, Kind] = {"web": "text", "pics": "caption", "talks": "instruct"}

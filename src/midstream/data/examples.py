@@ -308,19 +308,12 @@ def document_prompt(codec: TextCodec, turn: Turn, earlier: Sequence[Turn] = ()) 
     )
 
 
-def conversation_example(
-    codec: TextCodec, turns: Sequence[tuple[str, str] | Turn], *, has_image: bool = False
-) -> Example:
+def conversation_example(codec: TextCodec, turns: Sequence[tuple[str, str] | Turn]) -> Example:
     """A conversation's tokens; only replies that are learnt, and the separators behind them, are
-    targets.
-
-    `has_image`: a picture stands before it all, beside those that the turns name.
-    """
+    targets."""
     tokens, pictures = list(codec.begin_ids), list[int]()
     supervised = [0] * len(tokens)
-    for number, turn in enumerate(Turn(*turn) for turn in turns):
-        if has_image and not number:
-            turn = turn._replace(pictures=(0, *turn.pictures))
+    for turn in (Turn(*turn) for turn in turns):
         human, shown = _asked(codec, turn)
         pictures += [len(tokens) + place for place in shown]
         answer = [*codec.encode(f" {turn.reply.strip()}"), codec.separator]
