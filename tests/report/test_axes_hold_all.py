@@ -119,8 +119,8 @@ def test_losses_and_rates_lie_inside_their_axes(steps: list[tuple[float, float]]
 
 def test_planned_rates_lie_inside_their_axes() -> None:
     drawn = [
-        curves.Curve("text", "pretrain", (0, 1_000), (0.0, 3e-3)),
-        curves.Curve("seen", "continue", (500, 700), (1e-3, 0.0), leaves=500),
+        curves.Curve("pretrain", (0, 1_000), (0.0, 3e-3)),
+        curves.Curve("continue", (500, 700), (1e-3, 0.0), leaves=500),
     ]
     for axes in figure_of(lambda: curves.rates_figure(drawn, 2), curves).axes:
         require_inside(axes)

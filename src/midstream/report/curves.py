@@ -49,7 +49,6 @@ class Curve:
     kind: the stage's, or "given" for a text run whose checkpoints are imported.
     """
 
-    stage: str
     kind: str
     tokens: tuple[int, ...]
     rates: tuple[float, ...]
@@ -82,7 +81,7 @@ def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], 
     missing: list[str] = []
     for given in filter(None, (one.text_rates for one in study.studies)):
         tokens, rates = zip(*given, strict=True)
-        found.setdefault(("given", tokens, rates), Curve("", "given", tokens, rates))
+        found.setdefault(("given", tokens, rates), Curve("given", tokens, rates))
     for stage in order(study):
         if not isinstance(stage, Trained):
             continue
@@ -99,7 +98,7 @@ def curves(study: AnyStudy, ledger: Ledger | None = None) -> tuple[list[Curve], 
             for at in points
         )
         tokens = tuple(span.first + at * span.tokens // NUM_POINTS for at in points)
-        curve = Curve(stage.name, stage.kind, tokens, rates, span.leaves, span.start)
+        curve = Curve(stage.kind, tokens, rates, span.leaves, span.start)
         found.setdefault((stage.kind, tokens, rates), curve)
     return list(found.values()), missing
 

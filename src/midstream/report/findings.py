@@ -102,7 +102,6 @@ class Finding:
     sentence: str
     within: float
     comparison: Comparison | None = None
-    examples: Gap | None = None
 
     @property
     def is_decided(self) -> bool:
@@ -278,7 +277,7 @@ def _claim(claim: Claim, study: Study, rows: Sequence[LineRow], examples: Exampl
         f"{_beside(study, rows, column, sides)}{_examples_words(on_examples)}."
     )
     judged = _judged(study, text, comparison)
-    return replace(judged, claim=claim.text, source=claim.source, examples=on_examples)
+    return replace(judged, claim=claim.text, source=claim.source)
 
 
 def _missing(claim: Claim, study: Study, rows: Sequence[LineRow]) -> str | None:
