@@ -226,7 +226,7 @@ def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
 
 def _text_before(stage: Stage) -> tuple[Pretrain, float] | None:
     """The text run whose weights a stage takes, and the share of its tokens there."""
-    before = (stage.of, stage.completion) if isinstance(stage, Evaluate) else came_from(stage)
+    before = came_from(stage)
     return (before[0], before[1]) if before and isinstance(before[0], Pretrain) else None
 
 
