@@ -39,13 +39,13 @@ from midstream.study.stages import (
     PLANNED,
     Continue,
     Evaluate,
-    Finetune,
     Imported,
     LoadDecoder,
     LoadEncoder,
     LoadModel,
     Pretrain,
     Stage,
+    Trained,
     came_from,
 )
 from midstream.study.store import Ledger
@@ -259,7 +259,7 @@ def _milestone(stage: Stage) -> Iterator[Problem]:
 
 def _start(stage: Stage, tokens_of: Mapping[str, int | None]) -> Iterator[Problem]:
     """A schedule that cannot start where it would have to."""
-    if not isinstance(stage, Pretrain | Continue | Finetune):
+    if not isinstance(stage, Trained):
         return
     before, rate = came_from(stage), None
     if (milestone := _text_before(stage)) is not None:

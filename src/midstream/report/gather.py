@@ -50,7 +50,7 @@ from midstream.report.table import (
 )
 from midstream.report.verdicts import compare
 from midstream.study.results import EvaluationResult, PictureViews, TrainingResult
-from midstream.study.stages import Continue, Finetune, Pretrain, Stage
+from midstream.study.stages import Stage, Trained
 from midstream.study.store import Ledger
 from midstream.study.studies import Line, Study
 
@@ -93,7 +93,7 @@ def _world(world: PocketWorld | SmallReal | PublicFolder) -> str:
 def _budgets(name: str, stages: list[Stage]) -> str:
     tokens, epochs, unknown = [], [], False
     for stage in stages:
-        if not isinstance(stage, Pretrain | Continue | Finetune):
+        if not isinstance(stage, Trained):
             continue
         budget = stage.training.budget
         if isinstance(budget, Epochs):

@@ -337,7 +337,7 @@ class Evaluate(StageBase):
 
 
 # What several ranks can share.
-Ranked = Pretrain | Continue | Finetune | Evaluate
+Ranked = Trained | Evaluate
 
 Stage = Annotated[
     PrepareWorld
