@@ -1,6 +1,6 @@
 """Counts: of tokens by kind, exactly divided, and in words."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -74,6 +74,13 @@ UNKNOWN = "unknown"
 def counted(number: int, one: str, several: str | None = None) -> str:
     """A count in words: "1 seed", "1,024 seeds"; `several` where an s is not enough."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def name_some(names: Iterable[str], most: int, between: str = ", ") -> str:
+    """The first `most` names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
+    return between.join(listed[:most]) + more
 
 
 def quantity(value: float | int | None) -> str:

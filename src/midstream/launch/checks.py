@@ -24,7 +24,7 @@ from midstream.config import (
 )
 from midstream.config.training import check_start, rate_at
 from midstream.core.storage import write_json
-from midstream.core.tokens import rounded
+from midstream.core.tokens import name_some, rounded
 from midstream.cost import GPUS
 from midstream.cost.graph import Plan, PlanRow, missing_inputs
 from midstream.cost.known import Number
@@ -334,6 +334,5 @@ def _differences(wanted: Config, record: ImportRecord) -> str:
         if blocks > there.num_layers:
             fields, held = fields | {"num_layers": blocks}, held | {"num_layers": there.num_layers}
     differ = [name for name in fields if fields[name] != held.get(name)]
-    told = [f"{name} {fields[name]} (it has {held.get(name)})" for name in differ[:MAX_FIELDS]]
-    more = len(differ) - len(told)
-    return ", ".join(told) + (f" and {more} more" if more > 0 else "")
+    told = (f"{name} {fields[name]} (it has {held.get(name)})" for name in differ)
+    return name_some(told, MAX_FIELDS)
