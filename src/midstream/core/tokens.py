@@ -1,8 +1,9 @@
 """Counts: of tokens by kind, exactly divided, and in words."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ def quantity(value: float | int | None) -> str:
         if value >= 0.9995 * (size := 1000.0 ** (7 - place)):
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"
+
+
+def span(values: Sequence[float | int], told: Callable[[Any], str] = quantity) -> str:
+    """The least and the largest of some numbers: "1.2 M to 3 M", "5" of equal ones, or "none"."""
+    ends = [told(end) for end in (min(values), max(values))] if values else ["none"]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def rounded(value: float | int, least: float = 0.0) -> str:
