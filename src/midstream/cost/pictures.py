@@ -256,7 +256,7 @@ def _plan_of(
     parts = () if folder is None else folder.glob("part-*/features.bin")
     kept = sum(path.stat().st_size for path in parts) // each
     flops = [(costs.get(stage.name) or cost(stage, ledger)).flops for stage in stages]
-    if (counted := _count(stages, seen.num_patches, ledger)) is not None:
+    if (counted := _count(stages, ledger)) is not None:
         pictures, views = counted
         choice = choose(
             pictures=pictures, views=views, kept=kept, picture_bytes=each, machine=machine
@@ -271,7 +271,7 @@ def _plan_of(
     return FeaturePlan(encoder, seen, pictures, views, kept, whole, choice)
 
 
-def _count(stages: Sequence[Seeing], patches: int, ledger: Ledger) -> tuple[Number, Number] | None:
+def _count(stages: Sequence[Seeing], ledger: Ledger) -> tuple[Number, Number] | None:
     """Distinct pictures and views of stages with one encoder."""
     draws: dict[str, list[Draw]] = {}
     known: dict[str, Facts] = {}
