@@ -226,13 +226,13 @@ def test_a_tokenizer_file_shields_the_text_from_other_texts(world: Path, tmp_pat
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files whose bytes are read from here on; every change is long past."""
     read: list[Path] = []
-    plain = digests._read_sha256
+    plain = digests.read_sha256
 
     def note(path: Path) -> str:
         read.append(Path(path))
         return plain(path)
 
-    monkeypatch.setattr(digests, "_read_sha256", note)
+    monkeypatch.setattr(digests, "read_sha256", note)
     monkeypatch.setattr(digests, "SETTLED_SECONDS", -1.0)
     return read
 

@@ -310,7 +310,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (
             "mmlu",
             FileNotFoundError,
-            r"mmlu \(.*\) and 46 others; ask its tasks one by one, .*, or set HF_H",
+            r"mmlu \(.*\) and 46 more; ask its tasks one by one, .*, or set HF_H",
         ),
     ],
 )

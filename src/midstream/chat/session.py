@@ -32,8 +32,9 @@ from midstream.model.vlm import VLM
 from midstream.model.weights import generator
 from midstream.study.label import label
 from midstream.study.results import EvaluationResult, ImportedResult
-from midstream.study.stages import LoadDecoder, LoadModel, Pretrain, came_from
-from midstream.work.open_model import OpenedModel, WithModel, evaluations
+from midstream.study.stages import LoadDecoder, LoadModel, Pretrain, lineage
+from midstream.train.checkpoint import milestone
+from midstream.work.open_model import OpenedModel, evaluations
 
 # A byte in the vocabularies that spell unknown characters out (sentencepiece's byte fallback).
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -386,16 +387,10 @@ def caution(opened: OpenedModel) -> str | None:
 
 
 def _training(opened: OpenedModel) -> Iterator[str]:
-    chain: list[tuple[WithModel, float]] = []
-    found: tuple[WithModel, float] | None = (opened.stage, opened.completion)
-    while found is not None:
-        chain.append(found)
-        found = came_from(found[0])
-    for link, part in reversed(chain):
+    for link, part in reversed([*lineage(opened.stage, opened.completion)]):
         folder = opened.ledger.folder(link)
         of = f"{part * 100:g} % of" if part != 1.0 else "in"
-        milestones = isinstance(link, Pretrain)
-        kept = folder / f"milestones/{part * 100:g}" if milestones else folder / "weights"
+        kept = milestone(folder, part) if isinstance(link, Pretrain) else folder / "weights"
         if isinstance(link, LoadDecoder | LoadModel):
             done = opened.ledger.is_done(link)
             held = opened.ledger.result(link, ImportedResult) if done else None

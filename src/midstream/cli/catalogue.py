@@ -22,8 +22,9 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from midstream import recipes
 from midstream.core.identity import kept_digests
 from midstream.core.storage import read_json, write_json
+from midstream.core.tokens import nearest
 from midstream.cost.graph import order
-from midstream.study.label import MARK, digits_of, labels, nearest
+from midstream.study.label import MARK, digits_of, labels
 from midstream.study.stages import Pretrain, Stage, Trained
 from midstream.study.store import Ledger, read_stage
 from midstream.study.studies import AnyStudy, Study, Suite

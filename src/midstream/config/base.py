@@ -1,10 +1,11 @@
 """What every option is made of: frozen models that check themselves; their errors in words."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from midstream.core.tokens import nearest
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -31,8 +32,7 @@ class Config(BaseModel):
             return values
         for key in values:
             if key not in cls.model_fields:
-                near = get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}? " if near else ""
+                hint = nearest(key, cls.model_fields, 0.5)
                 known = ", ".join(cls.model_fields)
                 raise ValueError(f"{cls.__name__} has no field {key!r}; {hint}fields: {known}")
         return values

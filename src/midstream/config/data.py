@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from midstream.config.base import Config, Fraction, Positive
-from midstream.core.identity import Placement, WorldFingerprint, file_sha256
+from midstream.core.identity import Kind, Placement, WorldFingerprint, file_sha256
 
 if TYPE_CHECKING:
     import tokenizers
@@ -185,7 +185,7 @@ class ExpectedSource(Config):
     """
 
     name: str
-    kind: Literal["text", "caption", "instruct", "interleaved"]
+    kind: Kind
     num_examples: Positive
     num_tokens: Positive
     num_targets: Positive

@@ -100,7 +100,7 @@ def digest(value: Any) -> str:
 def file_sha256(path: str | Path) -> str:
     """The sha256 of a file's bytes, read in pieces; the kept one where the file is as it was."""
     if _kept is None:
-        return _read_sha256(path)
+        return read_sha256(path)
     return _kept.sha256(path)
 
 
@@ -149,7 +149,7 @@ class _Digests:
         held = self._new.get(name) or self._known.get(name)
         if held is not None and held[0] == before:
             return held[1]
-        found = _read_sha256(path)
+        found = read_sha256(path)
         settled = time.time_ns() - max(before[2:]) > SETTLED_SECONDS * 1e9
         if settled and _seen(name) == before:
             self._new[name] = before, found
@@ -183,7 +183,8 @@ def _seen(path: str) -> Seen:
     return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _read_sha256(path: str | Path) -> str:
+def read_sha256(path: str | Path) -> str:
+    """The sha256 of a file's bytes as they are now."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -21,6 +21,7 @@ from midstream.core.digests import fields_of as fields_of
 from midstream.core.digests import file_sha256 as file_sha256
 from midstream.core.digests import kept_digests as kept_digests
 from midstream.core.storage import read_json
+from midstream.core.tokens import nearest
 
 # Published files of text tasks, by lm-evaluation-harness's names: alternatives, the data set's own
 # form first; the files of one alternative lie in one folder, under the names of the patterns.
@@ -324,11 +325,9 @@ def text_column(root: Path, name: str) -> str | None:
     there = [x.name for x in sorted(root.glob("text/*")) if x.is_dir() and not is_hidden(x.name)]
     for source, values in said.items():
         if source not in there:
-            near = get_close_matches(source, there, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"{path}: 'text' names the source {source!r}; {hint}{root / 'text'} holds "
-                f"{', '.join(there) or 'none'}"
+                f"{path}: 'text' names the source {source!r}; {nearest(source, there)}"
+                f"{root / 'text'} holds {', '.join(there) or 'none'}"
             )
         column = values.get("column") if isinstance(values, dict) else None
         if not isinstance(column, str) or not column or len(values) > 1:

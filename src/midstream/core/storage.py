@@ -1,7 +1,6 @@
 """The only place that writes: temporary name, fsync, manifest, rename."""
 
 import errno
-import hashlib
 import json
 import os
 import pwd
@@ -13,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+
+from midstream.core.digests import read_sha256
 
 MANIFEST = "manifest.json"
 # What ends the name of a file or folder that is being written, or is on its way out.
@@ -279,11 +280,7 @@ def _user(number: int) -> str:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
-        }
+    return {"bytes": path.stat().st_size, "sha256": read_sha256(path)}
 
 
 def _sync_file(path: Path) -> None:

@@ -1,8 +1,10 @@
 """Counts: of tokens by kind, exactly divided, and in words."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fractions import Fraction
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,19 @@ def counted(number: int, one: str, several: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
+def name_some(names: Iterable[str], most: int, between: str = ", ") -> str:
+    """The first `most` names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
+    return between.join(listed[:most]) + more
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The hint at the known name that a person may have meant, if there is one."""
+    near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 def quantity(value: float | int | None) -> str:
     """A number in three digits with a unit, such as 1.25 G; None is unknown."""
     if value is None:
@@ -85,6 +100,12 @@ def quantity(value: float | int | None) -> str:
         if value >= 0.9995 * (size := 1000.0 ** (7 - place)):
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"
+
+
+def span(values: Sequence[float | int], told: Callable[[Any], str] = quantity) -> str:
+    """The least and the largest of some numbers: "1.2 M to 3 M", "5" of equal ones, or "none"."""
+    ends = [told(end) for end in (min(values), max(values))] if values else ["none"]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def rounded(value: float | int, least: float = 0.0) -> str:

@@ -19,7 +19,7 @@ from midstream.config import (
 )
 from midstream.config.model import encoder_flops, picture_bytes
 from midstream.core.identity import digest
-from midstream.core.tokens import quantity, rounded
+from midstream.core.tokens import quantity, rounded, span
 from midstream.cost.cost import StageCost, cost, images_seen
 from midstream.cost.known import Facts, Number, sources_of
 from midstream.cost.workload import taken
@@ -256,7 +256,7 @@ def _plan_of(
     parts = () if folder is None else folder.glob("part-*/features.bin")
     kept = sum(path.stat().st_size for path in parts) // each
     flops = [(costs.get(stage.name) or cost(stage, ledger)).flops for stage in stages]
-    if (counted := _count(stages, seen.num_patches, ledger)) is not None:
+    if (counted := _count(stages, ledger)) is not None:
         pictures, views = counted
         choice = choose(
             pictures=pictures, views=views, kept=kept, picture_bytes=each, machine=machine
@@ -271,7 +271,7 @@ def _plan_of(
     return FeaturePlan(encoder, seen, pictures, views, kept, whole, choice)
 
 
-def _count(stages: Sequence[Seeing], patches: int, ledger: Ledger) -> tuple[Number, Number] | None:
+def _count(stages: Sequence[Seeing], ledger: Ledger) -> tuple[Number, Number] | None:
     """Distinct pictures and views of stages with one encoder."""
     draws: dict[str, list[Draw]] = {}
     known: dict[str, Facts] = {}
@@ -315,7 +315,7 @@ def pictures_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
     for by, unit in units.items():
         known = [images_seen(stage, ledger, by) for stage in seeing]
         if numbers := [round(images) for images in known if images is not None]:
-            told.append(f"{_span(numbers)} with shares of {unit}" + " (as asked)" * (by in asked))
+            told.append(f"{span(numbers)} with shares of {unit}" + " (as asked)" * (by in asked))
     return [f"pictures seen by an image-text stage: {', '.join(told)}"] if told else []
 
 
@@ -338,12 +338,7 @@ def passes_seen(stages: Sequence[Stage], ledger: Ledger) -> list[str]:
                 texts.setdefault((name, size), []).append(part.tokens / size)
     again = {key: numbers for key, numbers in texts.items() if max(numbers) > 1}
     return [
-        f"passes over source {name!r} ({quantity(number)} {unit}): {_span(numbers)}"
+        f"passes over source {name!r} ({quantity(number)} {unit}): {span(numbers)}"
         for unit, found in (("pictures", passes), ("tokens", again))
         for (name, number), numbers in sorted(found.items())
     ]
-
-
-def _span(numbers: Sequence[float]) -> str:
-    least, most = quantity(min(numbers)), quantity(max(numbers))
-    return least if least == most else f"{least} to {most}"

@@ -185,7 +185,7 @@ def price(plan: Plan, ledger: Ledger, fleet: Fleet, features: Sequence[FeaturePl
 def _price_of(row: PlanRow, ledger: Ledger, fleet: Fleet) -> StagePrice:
     stage, flops, work = row.stage, row.cost.model_flops, row.cost.work
     fit, gpus = None, 0
-    if isinstance(stage, Pretrain | Continue | Finetune):
+    if isinstance(stage, Trained):
         if work is not None:
             fit = _fit(stage, work, fleet)
         gpus = fit.gpus if fit is not None else (fleet.per_stage or 1)

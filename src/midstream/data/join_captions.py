@@ -32,8 +32,9 @@ from midstream.core.storage import (
     write_bytes,
     write_json,
 )
+from midstream.core.tokens import name_some
 from midstream.data.formats.captions import first_usable, json_object, original_captions
-from midstream.data.formats.files import find_files, folder_of, is_url, name_some
+from midstream.data.formats.files import find_files, folder_of, is_url
 from midstream.data.formats.record_files import JOINED_ROOT
 from midstream.data.formats.records import PICTURES as SUFFIXES
 from midstream.data.formats.records import ReadOptions, Sample, samples_of

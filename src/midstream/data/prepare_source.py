@@ -26,10 +26,11 @@ from midstream.core.storage import (
     write_bytes,
     write_json,
 )
+from midstream.core.tokens import name_some
 from midstream.data.columns import MADE_FROM, SHARD_INDEX
 from midstream.data.examples import TextCodec, not_known
 from midstream.data.formats.copies import refuse_twin_samples, refuse_twins
-from midstream.data.formats.files import folder_of, is_url, name_some
+from midstream.data.formats.files import folder_of, is_url
 from midstream.data.formats.records import FILES, ReadOptions, Section, Unit, samples_beside
 from midstream.data.shard_state import (
     NUM_LISTED,

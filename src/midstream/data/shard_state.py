@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from midstream.core.digests import PACKED, TEXT_SUFFIXES, is_note, plain_name
-from midstream.core.storage import MANIFEST, read_json
+from midstream.core.storage import MANIFEST, read_json, remove_folder
+from midstream.core.tokens import counted, name_some
 from midstream.data.columns import MADE_FROM, PICTURES, SHARD_INDEX
 from midstream.data.formats import conversations, read_captions, read_documents
 from midstream.data.formats.captions import NOT_FETCHED
-from midstream.data.formats.files import base_name, is_url, name_some, shown_files
+from midstream.data.formats.files import base_name, is_url, shown_files
 from midstream.data.formats.read_text import MANIFEST as TOKENS_MANIFEST
 from midstream.data.formats.record_files import SPLIT_NAMES, SPLIT_WORD
 from midstream.data.formats.records import ReadOptions, Section, Unit, is_picture
@@ -158,9 +159,7 @@ def settle(job: Job, wanted: Sequence[Todo]) -> list[Todo]:
     if stray or moved or todo:
         (job.out / INDEX).unlink(missing_ok=True)
     for path in stray:
-        # Renamed first: a folder that is half removed is never taken for a shard.
-        old = path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex}.old"))
-        shutil.rmtree(old)
+        remove_folder(path)
     between = {number: job.shards / f"moved-{uuid.uuid4().hex}" for number, path in moved.items()}
     for number, path in moved.items():
         path.rename(between[number])
@@ -432,7 +431,7 @@ def notes_on(section: Section, unread: Sequence[str], read: Sequence[str]) -> It
     Both take names as they are to be shown.
     """
     if unread:
-        number = f"{len(unread):,} files are" if len(unread) > 1 else "1 file is"
+        number = counted(len(unread), "file is", "files are")
         known = f"{', '.join(READ[section])}, also compressed ({', '.join(PACKED)})"
         yield f"{number} not read: {name_some(unread, 10)}; files of {section} are {known}"
     whole = [name for name in read if plain_name(base_name(name)).endswith(_DOCUMENTS)]

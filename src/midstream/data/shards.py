@@ -9,7 +9,7 @@ from shutil import rmtree
 
 import numpy as np
 
-from midstream.core.identity import PREPARED, refuse_unfinished
+from midstream.core.identity import PREPARED, Kind, refuse_unfinished
 from midstream.core.storage import (
     finish_folder,
     publish_folder,
@@ -50,7 +50,7 @@ from midstream.data.picture_checks import check_decodes
 from midstream.data.remote import ChangedError, RemoteError, Stamp, refuse_changed
 from midstream.data.shard_state import Job, Todo, num_counted, stamp_of
 from midstream.data.source_writer import Image, Reject, ShardWriter, Shown
-from midstream.data.sources import Kind, content_hash
+from midstream.data.sources import content_hash
 
 # Records go through the tokenizer together up to these limits, which bound a process's memory.
 BATCH_RECORDS, BATCH_CHARACTERS, BATCH_PICTURE_BYTES = 1000, 2_000_000, 32_000_000

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from midstream.core.identity import Kind
 from midstream.core.storage import MANIFEST, read_json, remove_folder, write_bytes, write_json
 from midstream.core.tokens import shown_name
 from midstream.data.columns import (
@@ -22,7 +23,7 @@ from midstream.data.columns import (
 )
 from midstream.data.examples import Example
 from midstream.data.lengths import caption_facts, length_facts
-from midstream.data.sources import FORMAT, INDEX, Kind, content_hash
+from midstream.data.sources import FORMAT, INDEX, content_hash
 
 T = TypeVar("T")
 REJECTS = "rejects.jsonl"

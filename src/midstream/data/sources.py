@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from midstream.config import Caption, check_caption
+from midstream.core.identity import Kind
 from midstream.core.storage import read_json
 from midstream.data.archives import Archive, Archives, Opened, open_archives
 from midstream.data.columns import (
@@ -30,7 +31,6 @@ from midstream.data.columns import (
     StoredPicture,
 )
 
-Kind = Literal["text", "caption", "instruct", "interleaved"]
 Split = Literal["train", "validation"]
 FORMAT = 3
 # The format before kept one caption a picture; its other kinds are as they are now.

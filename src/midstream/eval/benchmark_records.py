@@ -1,6 +1,5 @@
 """What readers share: `VisualExample`, and records whose errors name file and entry."""
 
-import codecs
 import gzip
 import hashlib
 import json
@@ -18,6 +17,7 @@ from midstream.core.digests import is_hidden
 from midstream.core.storage import write_bytes
 from midstream.data.examples import IMAGE_MARK, without_marks
 from midstream.data.formats.files import packing
+from midstream.data.formats.packed import decoded
 
 # Where pictures out of tables lie: hidden, and so no part of a benchmark's identity.
 UNPACKED = ".pictures"
@@ -142,8 +142,7 @@ def read_text(path: Path) -> str:
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return content.decode("utf-16" if wide else "utf-8-sig")
+        return decoded(content)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         told = "save it as UTF-8, or fetch it again"
         raise ValueError(f"{path} is no whole text file ({error}); {told}") from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from midstream.core.digests import is_note, walk
 from midstream.core.identity import TEXT_FILES
+from midstream.core.tokens import name_some
 from midstream.eval.tasks import HARNESS_TASKS
 from midstream.eval.text import manager
 
@@ -125,8 +126,7 @@ def require_hub(entry: Any, folder: Path) -> None:
         what = f"{files}, published by {known.published}, or {what}"
     lacks = f"text task {name}: {folder} lacks {what}"
     if entry.kind.name != "TASK":
-        more = f" and {len(absent) - 10} others" if len(absent) > 10 else ""
-        lacks = f"text task {name}: the cache of data sets lacks {', '.join(absent[:10])}{more}"
+        lacks = f"text task {name}: the cache of data sets lacks {name_some(absent, 10)}"
         remedy = ""
         if members(entry) is not None:
             remedy = "ask its tasks one by one, which are read from folders, or "

@@ -40,12 +40,12 @@ from midstream.model.vision import FusedTowers, VisionEncoder, num_blocks
 from midstream.model.vlm import VLM
 from midstream.study.stages import (
     Continue,
-    Finetune,
-    FuseEncoders,
     LoadModel,
     PrepareSource,
     Stage,
     came_from,
+    encoders_of,
+    lineage,
 )
 from midstream.study.store import Ledger
 from midstream.work.open_model import OpenedModel, evaluations, open_model
@@ -387,20 +387,12 @@ def model_card(opened: OpenedModel, report: ExportReport) -> str:
 def _history(opened: OpenedModel) -> Iterator[tuple[Stage, float]]:
     """The training stages behind the model with the share that was used, the first one first."""
     chain: list[tuple[Stage, float]] = []
-    stage: Stage | None = opened.stage
-    share = opened.completion
-    while stage is not None:
+    for stage, share in lineage(opened.stage, opened.completion):
         chain.append((stage, share))
         before = came_from(stage)
-        encoder = None
-        if isinstance(stage, LoadModel | Continue | Finetune):
-            encoder = stage.encoder_stage
         # Before the first stage that sees.
-        if encoder is not None and not (before and isinstance(before[0], LoadModel | Continue)):
-            chain.append((encoder, 1.0))
-            towers = encoder.towers if isinstance(encoder, FuseEncoders) else ()
-            chain += [(tower, 1.0) for tower in reversed(towers)]
-        stage, share = before or (None, 1.0)
+        if not (before and isinstance(before[0], LoadModel | Continue)):
+            chain += [(encoder, 1.0) for encoder in reversed(encoders_of(stage))]
     yield from reversed(chain)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from midstream.config import DecoderConfig
 from midstream.core.storage import read_json
+from midstream.core.tokens import name_some
 from midstream.exchange.hub import TABLES, LanguageModel
 from midstream.model.decoder import Decoder
 from midstream.model.weights import check, only_tensors, read_pickle, read_tensors
@@ -318,8 +319,7 @@ def _refuse_variants(
     for pattern, variant in TABLES["openlm_foreign"].items():
         named = [name for name in tensors if re.search(pattern, name)]
         if named:
-            more = f" and {len(named) - 1} more" if len(named) > 1 else ""
-            wrong.append(f"{variant}: {named[0]}{more}")
+            wrong.append(f"{variant}: {name_some(named, 1)}")
     rows, output = tensors.get("tok_embeddings.weight"), tensors.get("output.weight")
     if rows is not None and output is not None and rows.data_ptr() == output.data_ptr():
         wrong.append("weight_tying: output.weight is tok_embeddings.weight")

@@ -24,7 +24,7 @@ from midstream.config import (
 )
 from midstream.core.identity import SECTIONS, file_sha256, holds_data
 from midstream.core.storage import read_json
-from midstream.core.tokens import num_shown
+from midstream.core.tokens import name_some, num_shown
 from midstream.cost.known import ids_of, prepared_index
 from midstream.order.mixture import needs_of, passes_needed
 from midstream.study.label import label
@@ -73,8 +73,7 @@ class Problem:
         return cls(what, own or remedy, stages)
 
     def __str__(self) -> str:
-        more = len(self.stages) - 1
-        where = f" [{self.stages[0]}{f' and {more:,} more' if more else ''}]" if self.stages else ""
+        where = f" [{name_some(self.stages, 1)}]" if self.stages else ""
         return f"{self.what}; {self.remedy}{where}"
 
 

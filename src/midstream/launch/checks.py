@@ -24,7 +24,7 @@ from midstream.config import (
 )
 from midstream.config.training import check_start, rate_at
 from midstream.core.storage import write_json
-from midstream.core.tokens import rounded
+from midstream.core.tokens import name_some, rounded
 from midstream.cost import GPUS
 from midstream.cost.graph import Plan, PlanRow, missing_inputs
 from midstream.cost.known import Number
@@ -39,13 +39,13 @@ from midstream.study.stages import (
     PLANNED,
     Continue,
     Evaluate,
-    Finetune,
     Imported,
     LoadDecoder,
     LoadEncoder,
     LoadModel,
     Pretrain,
     Stage,
+    Trained,
     came_from,
 )
 from midstream.study.store import Ledger
@@ -226,7 +226,7 @@ def _disk(ledger: Ledger, needed: Number) -> Iterator[Problem]:
 
 def _text_before(stage: Stage) -> tuple[Pretrain, float] | None:
     """The text run whose weights a stage takes, and the share of its tokens there."""
-    before = (stage.of, stage.completion) if isinstance(stage, Evaluate) else came_from(stage)
+    before = came_from(stage)
     return (before[0], before[1]) if before and isinstance(before[0], Pretrain) else None
 
 
@@ -259,7 +259,7 @@ def _milestone(stage: Stage) -> Iterator[Problem]:
 
 def _start(stage: Stage, tokens_of: Mapping[str, int | None]) -> Iterator[Problem]:
     """A schedule that cannot start where it would have to."""
-    if not isinstance(stage, Pretrain | Continue | Finetune):
+    if not isinstance(stage, Trained):
         return
     before, rate = came_from(stage), None
     if (milestone := _text_before(stage)) is not None:
@@ -334,6 +334,5 @@ def _differences(wanted: Config, record: ImportRecord) -> str:
         if blocks > there.num_layers:
             fields, held = fields | {"num_layers": blocks}, held | {"num_layers": there.num_layers}
     differ = [name for name in fields if fields[name] != held.get(name)]
-    told = [f"{name} {fields[name]} (it has {held.get(name)})" for name in differ[:MAX_FIELDS]]
-    more = len(differ) - len(told)
-    return ", ".join(told) + (f" and {more} more" if more > 0 else "")
+    told = (f"{name} {fields[name]} (it has {held.get(name)})" for name in differ)
+    return name_some(told, MAX_FIELDS)

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 from midstream.config import Machine
-from midstream.core.tokens import counted
+from midstream.core.tokens import counted, name_some
 from midstream.cost.graph import Plan, PlanRow, plan
 from midstream.cost.pictures import FeaturePlan, choice_for, feature_plan, frozen_encoder
 from midstream.launch.check_data import Problem, refused
@@ -24,7 +24,7 @@ from midstream.study.studies import AnyStudy
 
 # Signals that ask for a stop: SIGHUP where a terminal is closed, unless `nohup` has it ignored.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# Of many stages that a sentence is about, so many are named.
+# Of many stages that a sentence is about, so many are named; their names have commas.
 MAX_NAMED = 12
 
 
@@ -290,7 +290,8 @@ class Scheduler:
         if lost := [self.labels[other] for other in rows if descends(rows[other], name, rows)]:
             count, were = counted(len(lost), "stage"), "was" if len(lost) == 1 else "were"
             who = f"{count} behind {self.labels[name]}"
-            self.messages.append(f"{who} {were} not started: {named(lost)}")
+            behind = name_some(lost, MAX_NAMED, "; ")
+            self.messages.append(f"{who} {were} not started: {behind}")
         self._cancel_behind(name)
 
     def _cancel_behind(self, name: str) -> None:
@@ -300,7 +301,8 @@ class Scheduler:
             self.backend.cancel(lost)
             for other in lost:
                 self.waiting[other] = self.running.pop(other)
-            who, failed = named([self.labels[other] for other in lost]), self.labels[name]
+            labels, failed = (self.labels[other] for other in lost), self.labels[name]
+            who = name_some(labels, MAX_NAMED, "; ")
             text = f"the jobs of {who} are cancelled, since {failed} failed"
             self.on_event({"event": "note", "text": text})
 
@@ -401,12 +403,6 @@ def descends(row: PlanRow, ancestor: str, rows: Mapping[str, PlanRow]) -> bool:
         or (parent.name in rows and descends(rows[parent.name], ancestor, rows))
         for parent in row.stage.parents
     )
-
-
-def named(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are; names have commas of their own."""
-    more = len(names) - MAX_NAMED
-    return "; ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def one_line(error: str | None) -> str:

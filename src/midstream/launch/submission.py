@@ -14,6 +14,7 @@ from typing import Any
 
 from midstream.config import SlurmResources, SlurmSettings
 from midstream.core.storage import read_json, write_json
+from midstream.core.tokens import nearest
 from midstream.launch import workers
 from midstream.launch.slurm_job import (
     JobBook,
@@ -24,7 +25,6 @@ from midstream.launch.slurm_job import (
     job_folder,
     queue_again,
 )
-from midstream.study.label import nearest
 from midstream.study.stages import PrepareSource, Stage
 
 COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")

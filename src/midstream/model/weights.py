@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.serialization import safe_globals
 
 from midstream.core.storage import THREADS, read_json, write_bytes
+from midstream.core.tokens import name_some
 
 WEIGHTS = "model.safetensors"
 _INDEX = ".index.json"
@@ -379,8 +380,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def some(names: Iterable[str]) -> str:
     """The first of some names, and how many more there are."""
-    first, more = sorted(names)[:_SHOWN], len(set(names)) - _SHOWN
-    return (", ".join(first) or "nothing") + (f" and {more} more" if more > 0 else "")
+    return name_some(sorted(set(names)), _SHOWN) or "nothing"
 
 
 @dataclass(frozen=True)

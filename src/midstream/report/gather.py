@@ -9,7 +9,7 @@ from typing import Any
 from midstream.config import Epochs, Mixture, PocketWorld, PublicFolder, SmallReal
 from midstream.core.stats import fit
 from midstream.core.storage import write_bytes
-from midstream.core.tokens import counted, duration, quantity
+from midstream.core.tokens import counted, duration, quantity, span
 from midstream.cost.cost import encoder_parameters
 from midstream.cost.graph import Plan, plan
 from midstream.report.figures import Task
@@ -50,7 +50,7 @@ from midstream.report.table import (
 )
 from midstream.report.verdicts import compare
 from midstream.study.results import EvaluationResult, PictureViews, TrainingResult
-from midstream.study.stages import Continue, Finetune, Pretrain, Stage
+from midstream.study.stages import Stage, Trained
 from midstream.study.store import Ledger
 from midstream.study.studies import Line, Study
 
@@ -66,10 +66,10 @@ def settings_line(study: Study) -> str:
                 stages.setdefault(kind, {})[stage.identity] = stage
     lines = [line.result.of for line in study.lines]
     said = [" and ".join(dict.fromkeys(_world(model.data.world) for model in lines)) or "no data"]
-    said.append(f"decoder of {_range([m.model.decoder.num_parameters for m in lines])} parameters")
+    said.append(f"decoder of {span([m.model.decoder.num_parameters for m in lines])} parameters")
     towers = [m.model.encoder for m in lines if m.model.encoder is not None]
     if towers:
-        said.append(f"encoder of {_range([encoder_parameters(tower) for tower in towers])}")
+        said.append(f"encoder of {span([encoder_parameters(tower) for tower in towers])}")
     for kind, name in TOKENS.items():
         words = _budgets(name, list(stages.get(kind, {}).values()))
         said += [words] if words else []
@@ -93,7 +93,7 @@ def _world(world: PocketWorld | SmallReal | PublicFolder) -> str:
 def _budgets(name: str, stages: list[Stage]) -> str:
     tokens, epochs, unknown = [], [], False
     for stage in stages:
-        if not isinstance(stage, Pretrain | Continue | Finetune):
+        if not isinstance(stage, Trained):
             continue
         budget = stage.training.budget
         if isinstance(budget, Epochs):
@@ -102,18 +102,13 @@ def _budgets(name: str, stages: list[Stage]) -> str:
             tokens.append(budget.total_tokens)
         else:
             unknown = True
-    words = [f"{_range(tokens)} {name} tokens"] if tokens else []
+    words = [f"{span(tokens)} {name} tokens"] if tokens else []
     if epochs:
-        span = " to ".join(dict.fromkeys(place(end) for end in (min(epochs), max(epochs))))
-        words.append(f"{span} {name} {'epoch' if max(epochs) == 1 else 'epochs'}")
+        unit = "epoch" if max(epochs) == 1 else "epochs"
+        words.append(f"{span(epochs, place)} {name} {unit}")
     if unknown:
         words.append(f"{name} by amounts")
     return ", ".join(words)
-
-
-def _range(values: Sequence[float | int]) -> str:
-    ends = [quantity(end) for end in (min(values), max(values))] if values else ["none"]
-    return " to ".join(dict.fromkeys(ends))
 
 
 _SEEING = ("continue", "finetune")
@@ -158,10 +153,10 @@ def seen_grid(study: Study, records: list[Seen]) -> Grid:
         distinct, number = sum(one.distinct for one in views), sum(one.views for one in views)
         times = sorted({pair[0] for one in views for pair in one.times})
         first = f"{times[0]:,} to " if len(times) > 1 else ""
-        span = f"{first}{counted(times[-1], 'time')}" if times else "never"
+        each = f"{first}{counted(times[-1], 'time')}" if times else "never"
         told = (KIND_NAMES[kind], source, str(len(views)), f"{distinct / len(views):,.0f}")
         often = f"{number / max(distinct, 1):,.2f}"
-        rows.append((", ".join(map(place, at)), *told, often, span))
+        rows.append((", ".join(map(place, at)), *told, often, each))
     left = len(rows) - MOST_ROWS
     notes = ["pictures are told apart by their bytes; means over lines"]
     notes += [f"{left:,} more rows: seen.csv has all of them"] if left > 0 else []

@@ -11,17 +11,7 @@ from typing import Any, Literal, get_args
 from midstream.config import StageKind
 from midstream.core.storage import write_bytes
 from midstream.study.results import EvaluationResult, StableScores, StageResult, TrainingResult
-from midstream.study.stages import (
-    Continue,
-    DataStage,
-    Evaluate,
-    Finetune,
-    FuseEncoders,
-    LoadModel,
-    Stage,
-    Trained,
-    came_from,
-)
+from midstream.study.stages import DataStage, Evaluate, Stage, Trained, encoders_of, lineage
 from midstream.study.store import Ledger, State
 from midstream.study.studies import Study
 
@@ -51,18 +41,13 @@ def parts_of(result: Evaluate) -> dict[str, Part]:
         if stage.identity not in {one.identity for one in (last.stage, *last.before)}:
             parts[stage.kind] = replace(last, before=(*last.before, stage))
 
-    found: tuple[Stage, float] | None = result, 1.0
-    while found is not None:
-        stage, share = found
+    for stage, share in lineage(result):
         add(stage, share)
         for parent in stage.parents:
             if isinstance(parent, DataStage):
                 add(parent)
-        if isinstance(stage, LoadModel | Continue | Finetune) and stage.encoder_stage is not None:
-            encoder = stage.encoder_stage
-            for one in (encoder, *(encoder.towers if isinstance(encoder, FuseEncoders) else ())):
-                add(one)
-        found = (stage.of, stage.completion) if isinstance(stage, Evaluate) else came_from(stage)
+        for one in encoders_of(stage):
+            add(one)
     return {kind: parts[kind] for kind in KINDS if kind in parts}
 
 

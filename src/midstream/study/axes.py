@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from midstream.study.label import nearest
+from midstream.core.tokens import nearest
 from midstream.study.stages import DataStage, Evaluate, Prepare, Stage, StageBase
 from midstream.study.studies import Axis as Value
 from midstream.study.studies import Line, line_name

@@ -18,6 +18,7 @@ from midstream.config import (
 )
 from midstream.config.base import Config
 from midstream.core.storage import read_json, verify
+from midstream.core.tokens import name_some
 from midstream.study.first_stages import PLANNED, LoadDecoder
 from midstream.study.stages import Evaluate, Imported, LoadEncoder, LoadModel, Prepare, Stage
 from midstream.study.studies import AnyStudy
@@ -185,10 +186,9 @@ def what_can_run(study: AnyStudy) -> str | None:
         what, number = "studies", len(whole)
     if not names:
         return f"without the missing checkpoints none of the {number} {what} can be run"
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return (
         f"without the missing checkpoints {len(names)} of {number} {what} can be run: "
-        f"{'; '.join(names[:MOST_NAMES])}{more}"
+        f"{name_some(names, MOST_NAMES, '; ')}"
     )
 
 

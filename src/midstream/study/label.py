@@ -4,8 +4,7 @@ Folders keep their long names (`docs/store.md`).
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -113,12 +112,6 @@ def shortened(text: str, width: int) -> str:
     said, _, short = text.rpartition(MARK)
     room = width - len(MARK) - len(short) - 1
     return f"{said[:room].rstrip(' ,')}…{MARK}{short}" if room > 0 else short[:width]
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The hint at the known name that a person may have meant, if there is one."""
-    near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def kind_words(kind: str) -> str:

@@ -3,7 +3,7 @@
 Those of `first_stages.py` can be imported from here too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -300,6 +300,7 @@ class Finetune(StageBase):
 
 # What several ranks train together.
 Trained = Pretrain | Continue | Finetune
+WithModel = Pretrain | LoadDecoder | LoadModel | Continue | Finetune
 
 
 def overflow_of(stage: Trained) -> Overflow:
@@ -312,9 +313,7 @@ class Evaluate(StageBase):
     """Benchmarks of one model; `completion` picks a milestone where `of` is a text run."""
 
     kind: Literal["evaluate"] = "evaluate"
-    of: Annotated[
-        Pretrain | LoadDecoder | LoadModel | Continue | Finetune, Field(discriminator="kind")
-    ]
+    of: Annotated[WithModel, Field(discriminator="kind")]
     completion: Fraction = 1.0
     evaluation: Evaluation
 
@@ -338,7 +337,7 @@ class Evaluate(StageBase):
 
 
 # What several ranks can share.
-Ranked = Pretrain | Continue | Finetune | Evaluate
+Ranked = Trained | Evaluate
 
 Stage = Annotated[
     PrepareWorld
@@ -364,11 +363,13 @@ def stage_from_json(text: str | bytes) -> Stage:
     return _ADAPTER.validate_json(text)
 
 
-def came_from(stage: Stage) -> tuple[Pretrain | LoadDecoder | LoadModel | Continue, float] | None:
-    """The stage whose weights a training stage starts from, and the share of its tokens there.
+def came_from(stage: Stage) -> tuple[WithModel, float] | None:
+    """The stage whose weights a stage starts from, or evaluates, and the share of its tokens there.
 
-    None where it starts from the initialiser, and for what trains nothing.
+    None where it starts from the initialiser, and for what takes no weights.
     """
+    if isinstance(stage, Evaluate):
+        return stage.of, stage.completion
     if isinstance(stage, Finetune):
         before = stage.start
         if isinstance(before, StartText):
@@ -379,6 +380,23 @@ def came_from(stage: Stage) -> tuple[Pretrain | LoadDecoder | LoadModel | Contin
     if isinstance(stage, Continue) and isinstance(stage.start, ContinueFrom):
         return stage.start.stage, stage.start.completion
     return None
+
+
+def lineage(stage: Stage, completion: float = 1.0) -> Iterator[tuple[Stage, float]]:
+    """A stage and those that its weights come from, the last one first, each with the share of its
+    tokens that is used."""
+    found: tuple[Stage, float] | None = (stage, completion)
+    while found is not None:
+        yield found
+        found = came_from(found[0])
+
+
+def encoders_of(stage: Stage) -> tuple[EncoderStage, ...]:
+    """Where a stage's encoder comes from before any stage trains it, in the order in which they
+    run: the towers of a fused one, and itself. Empty for what has no such encoder."""
+    encoder = stage.encoder_stage if isinstance(stage, LoadModel | Continue | Finetune) else None
+    towers = encoder.towers if isinstance(encoder, FuseEncoders) else ()
+    return towers if encoder is None else (*towers, encoder)
 
 
 def warms_up_moments(stage: Stage) -> bool:

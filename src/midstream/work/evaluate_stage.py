@@ -159,8 +159,7 @@ def evaluate_stage(
     """
     folder = ledger.folder(stage.of)
     if isinstance(stage.of, Pretrain) and stage.completion != 1.0:
-        weights_folder(ledger, stage.of, stage.completion)
-        folder = folder / "milestones" / f"{stage.completion * 100:g}"
+        folder = weights_folder(ledger, stage.of, stage.completion)
     opened = open_model(folder, place.device, place)
     asked = stage.evaluation
     answerer = answerer_of(opened, asked.max_new_tokens, asked.batch_size)

@@ -25,12 +25,12 @@ from midstream.study.stages import (
     EncoderStage,
     Evaluate,
     Finetune,
-    LoadDecoder,
     LoadModel,
     Prepare,
     PrepareSource,
     PrepareTokenizer,
     Pretrain,
+    WithModel,
     stage_from_json,
 )
 from midstream.study.store import Ledger
@@ -59,7 +59,6 @@ def open_sources(data: Prepare, names: Iterable[str], ledger: Ledger) -> dict[st
     }
 
 
-WithModel = Pretrain | LoadDecoder | LoadModel | Continue | Finetune
 Look = Callable[[Tensor], Tensor]
 
 

@@ -57,7 +57,7 @@ from midstream.train.contrastive import train_encoder
 from midstream.train.guards import Watch
 from midstream.train.held_out import Planned, held_out_rows, plan_held_out
 from midstream.train.loop import Interrupted, Job, Start, train
-from midstream.train.metrics import Tracking, tracking_of
+from midstream.train.metrics import Report, Tracking, tracking_of
 from midstream.train.parallel import ALONE, data_workers, forget_peak, peak_memory, set_up
 from midstream.train.step import build_model
 from midstream.work.choices import machine_for, place_for, too_large
@@ -70,8 +70,6 @@ from midstream.work.open_model import (
     weights_folder,
     world_root,
 )
-
-Report = Callable[[dict[str, Any]], None]
 
 
 class StageRunner:

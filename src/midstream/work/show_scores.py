@@ -219,7 +219,7 @@ def score_file(request: ScoreRequest, channel: Channel) -> None:
     print_line(console, f"{told} ({asked})")
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in {**row["splits"], **row["details"]}.items():
-        table.add_row(name, "-" if value is None else f"{100 * value:.2f}")
+        table.add_row(name, _percent(value))
     console.print(table)
     short = f"not whole: {row['shortened']}" if row["shortened"] else None
     for note in filter(None, [short, *row["notes"], row["note"]]):

@@ -230,20 +230,14 @@ def plan_answer(rng: np.random.Generator, question: Question, gold: str) -> Plan
 
 def describe(rng: np.random.Generator, scene: Scene) -> str:
     """A sentence that names every thing with its colour, shape and position, and the word."""
-    named = [(f"{thing.color} {thing.shape}", thing.cell) for thing in scene.things]
-    if scene.word:
-        named.append((f"the word {scene.word}", scene.word_cell))
     form = pick(rng, ("{name} at the {at}", "{at}: {name}"))
-    parts = [form.format(name=name, at=POSITIONS[cell]) for name, cell in shuffled(rng, named)]
-    return ", ".join(parts) + "."
+    named = shuffled(rng, scene.named())
+    return ", ".join(form.format(name=name, at=POSITIONS[cell]) for cell, name in named) + "."
 
 
 def caption(scene: Scene) -> str:
     """Every thing by colour and shape, and the word, from the top left to the bottom right."""
-    named = [(thing.cell, f"{thing.color} {thing.shape}") for thing in scene.things]
-    if scene.word:
-        named.append((scene.word_cell, f"the word {scene.word}"))
-    return ", ".join(name for _, name in sorted(named)) + "."
+    return ", ".join(name for _, name in sorted(scene.named())) + "."
 
 
 def fact_table(seed: int) -> dict[tuple[str, str], str]:

@@ -168,10 +168,12 @@ class Scene:
 
         Sizes are left out, since descriptions may leave them out.
         """
+        return ", ".join(f"{POSITIONS[cell]}: {name}" for cell, name in sorted(self.named("word")))
+
+    def named(self, word: str = "the word") -> list[tuple[int, str]]:
+        """The cells of its things, and of its word, and what stands there."""
         named = [(thing.cell, f"{thing.color} {thing.shape}") for thing in self.things]
-        if self.word:
-            named.append((self.word_cell, f"word {self.word}"))
-        return ", ".join(f"{POSITIONS[cell]}: {name}" for cell, name in sorted(named))
+        return named + ([(self.word_cell, f"{word} {self.word}")] if self.word else [])
 
     @property
     def split(self) -> str:

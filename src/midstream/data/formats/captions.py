@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from midstream.data.formats.files import is_folder, name_some
+from midstream.core.tokens import name_some
+from midstream.data.formats.files import is_folder
 from midstream.data.formats.packed import decoded
 from midstream.data.formats.picture_files import NO_PICTURE, held_picture, load_picture, picture_in
 from midstream.data.formats.record_files import field_in, unicode_problem, unquoted

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from glob import glob
@@ -29,6 +29,7 @@ from midstream.core.digests import (
     plain_name,
     walk,
 )
+from midstream.core.tokens import name_some
 from midstream.data.formats.packed import AsUtf8, is_utf16, open_packed, packed_as
 from midstream.data.remote import (
     NUM_REQUESTS,
@@ -120,13 +121,6 @@ def full_name(path: str) -> str:
     if head[257:262] == b"ustar":
         return f"{name}.tar"
     return name + next((end for end, start in _STARTS.items() if re.match(start, head)), "")
-
-
-def name_some(names: Iterable[str], most: int) -> str:
-    """The first `most` names, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
 
 
 def shown_files(source: str, known: Collection[str] = ()) -> list[str]:

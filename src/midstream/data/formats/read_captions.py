@@ -11,6 +11,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby, islice
 
+from midstream.core.tokens import name_some
 from midstream.data.formats.caption_lists import (
     BY_ADDRESS,
     TEXT_TABLES,
@@ -47,7 +48,6 @@ from midstream.data.formats.files import (
     folder_of,
     full_name,
     is_url,
-    name_some,
     names_folders,
     read_range,
     shown_files,
