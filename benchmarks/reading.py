@@ -37,7 +37,7 @@ import webdataset
 from PIL import Image as Pillow
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from midstream.config import EncoderConfig, Epochs, ImageTransform, Rows
+from midstream.config import Epochs, ImageTransform, Rows
 from midstream.data.examples import TextCodec, caption_example
 from midstream.data.formats.read_captions import caption_units, read_captions
 from midstream.data.formats.records import CaptionRecord, ReadOptions
@@ -47,18 +47,11 @@ from midstream.data.rows import RowDataset, plan_rows
 from midstream.data.shards import make_shard
 from midstream.data.source_writer import Image, ShardWriter, finish_source
 from midstream.data.sources import Source
+from midstream.recipes.paper_scale import SIGLIP
 
 CHUNK = 2049
 NOTHING = torch.zeros((0, 0, 0))
 SHARD_EXAMPLES = 4
-ENCODER = EncoderConfig(
-    image_size=384,
-    patch_size=14,
-    hidden_size=1152,
-    num_layers=27,
-    num_heads=16,
-    intermediate_size=4304,
-)
 
 
 def seconds_each(sides: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, float]:
@@ -261,10 +254,10 @@ def image_rows(source: Source, tars: list[Path], codec: TextCodec, rounds: int) 
     rows = Rows(row_length=1024, batch_rows=1, layout="padded")
     sources = {"pictures": source}
     budget = Epochs(sources=("pictures",), epochs=1)
-    plan = plan_rows(sources, ENCODER.num_patches, budget, rows, 0)
-    images = LiveImages(sources, plan.names, ENCODER)
-    dataset = RowDataset(plan, sources, ENCODER.num_patches, images)
-    transform = ENCODER.transform
+    plan = plan_rows(sources, SIGLIP.num_patches, budget, rows, 0)
+    images = LiveImages(sources, plan.names, SIGLIP)
+    dataset = RowDataset(plan, sources, SIGLIP.num_patches, images)
+    transform = SIGLIP.transform
 
     def ours() -> int:
         for row in range(len(dataset)):

@@ -18,6 +18,7 @@ from midstream.model.decoder import Decoder
 from midstream.model.vision import build_encoder
 from midstream.model.vlm import VLM
 from midstream.model.weights import initialise
+from midstream.recipes.paper_scale import SIGLIP
 from midstream.train.parallel import Place
 from midstream.train.step import make_optimizer, train_step
 from midstream.work.open_model import on_device
@@ -62,19 +63,10 @@ WORKS = {
     "30m image-text": Work(decoder_30m(50432), SMALL_TOWER),
     "30m image-text, vocabulary 4,096": Work(decoder_30m(4096), SMALL_TOWER),
 }
-# SigLIP's SO400M at 384 pixels: 27 x 27 patches.
-SO400M = EncoderConfig(
-    image_size=384,
-    patch_size=14,
-    hidden_size=1152,
-    num_layers=27,
-    num_heads=16,
-    intermediate_size=4304,
-)
 GPU_WORKS = {
     "79m text": Work(DECODERS["79m"], length=2048, rows=16),
     "1b text": Work(DECODERS["1b"], length=2048, rows=8),
-    "1b image-text, 10 % image tokens": Work(DECODERS["1b"], SO400M, length=2048, rows=8),
+    "1b image-text, 10 % image tokens": Work(DECODERS["1b"], SIGLIP, length=2048, rows=8),
 }
 
 
